@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python >= 3.11 and make, nothing else: each prepares what is missing first.
+PYTHON := .venv/bin/python
+READY := .venv/.installed
+
+# Settings of the caller's shell that would let foreign packages into the environment.
+unexport PYTHONPATH PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check accuracy clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+install: $(READY) ## prepare .venv: system packages where needed, then Python packages; does nothing when up to date
+
+$(READY): pyproject.toml constraints.txt
+	@bash scripts/bootstrap.sh
+
+demo: $(READY) ## run every stage on the built-in glyphs, from images to the report page
+	$(PYTHON) -m metadiff pipeline configs/glyphs.yaml
+
+test: $(READY) ## run the tests
+	$(PYTHON) -m pytest
+
+check: $(READY) ## lint, formatting and types
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m basedpyright
+
+accuracy: $(READY) ## measure accuracy beside its baselines
+	$(PYTHON) -m benchmarks.accuracy
+
+clean: ## remove the environment and all caches; results stay
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

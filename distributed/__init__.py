@@ -1,0 +1,1 @@
+"""The engine around metadiff: Ray and FFCV."""
