@@ -1,0 +1,1 @@
+"""MetaDiff: meta-learning with conditional diffusion for few-shot learning (AAAI 2024)."""
