@@ -1,0 +1,176 @@
+"""Pretraining the backbone as one classifier over all base classes (Chen et al. 2021, "Classifier-Baseline")."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+from tqdm import tqdm
+
+from metadiff.backbones import BackboneName
+from metadiff.checkpoint import load_state, save_state
+from metadiff.config import config
+from metadiff.errors import UserError
+from metadiff.images import AugmentConfig, Batch, ImageLoader
+from metadiff.metrics import write_row
+
+CHECKPOINT = "checkpoint.safetensors"
+BACKBONE = "backbone.safetensors"
+METRICS = "metrics.jsonl"
+
+
+@config
+class PretrainConfig:
+    """The Classifier-Baseline recipe; the defaults are those of its mini-ImageNet runs."""
+
+    backbone: BackboneName = "conv4"
+    epochs: Annotated[int, Field(ge=1)] = 100
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    decay: Literal["steps", "cosine"] = "steps"
+    """`steps` divides the rate by 10 at `milestones`; `cosine` takes it to zero, batch by batch."""
+    milestones: tuple[int, ...] = (90,)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rotation_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the rotation loss: every image also turned by 90, 180 and 270 degrees, the turn to be told; 0 is off."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    augment: AugmentConfig = AugmentConfig()
+    validate_every: Annotated[int, Field(ge=1)] = 1
+    """Epochs between validations; the best validated weights are kept, or the last where there are no validation classes."""
+
+
+class Classifier(nn.Module):
+    """A backbone with a linear head over the base classes and, for self-supervision, one over four rotations."""
+
+    def __init__(self, backbone: nn.Module, feature_dim: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            self.head = nn.Linear(feature_dim, num_classes)
+            self.rotation_head = nn.Linear(feature_dim, 4)
+
+    def loss(self, images: torch.Tensor, labels: torch.Tensor, label_smoothing: float, rotation_weight: float) -> torch.Tensor:
+        """Mean cross-entropy over the base classes, plus the weighted rotation loss."""
+        if not rotation_weight:
+            return F.cross_entropy(self.head(self.backbone(images)), labels, label_smoothing=label_smoothing)
+        turned = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])
+        features = self.backbone(turned.contiguous(memory_format=torch.channels_last))
+        turns = torch.arange(4, device=labels.device).repeat_interleave(len(labels))
+        class_loss = F.cross_entropy(self.head(features), labels.repeat(4), label_smoothing=label_smoothing)
+        return class_loss + rotation_weight * F.cross_entropy(self.rotation_head(features), turns)
+
+
+def pretrain(
+    classifier: Classifier,
+    loader: ImageLoader,
+    settings: PretrainConfig,
+    folder: Path,
+    device: torch.device,
+    validate: Callable[[nn.Module], float] | None,
+) -> None:
+    """Train `classifier` and leave `backbone.safetensors` and `metrics.jsonl` in `folder`.
+
+    A checkpoint after every epoch makes a killed run continue where it stood, to the same weights.
+
+    Args:
+        validate: maps the backbone to its accuracy on validation classes; None where there are none.
+
+    Raises:
+        UserError: the loss is no longer finite.
+    """
+    classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(
+        classifier.parameters(),
+        settings.learning_rate,
+        settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
+    )
+    scheduler = _scheduler(optimizer, settings, loader.steps_per_epoch)
+    start, best = _resume(classifier, optimizer, scheduler, folder)
+    for epoch in range(start, settings.epochs):
+        began = time.perf_counter()
+        loss = _train_epoch(classifier, loader, epoch, settings, optimizer, scheduler, device)
+        row: dict[str, float] = {"epoch": epoch + 1, "loss": loss, "learning_rate": float(scheduler.get_last_lr()[0])}
+        due = (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
+        if validate and due:
+            row["val_accuracy"] = validate(classifier.backbone)
+        if due and row.get("val_accuracy", best) >= best:
+            best = row.get("val_accuracy", best)
+            save_state(folder / BACKBONE, {"backbone": classifier.backbone.state_dict()})
+        row["seconds"] = round(time.perf_counter() - began, 2)
+        write_row(folder / METRICS, epoch, row)
+        state = {"epoch": epoch + 1, "best": best, "classifier": classifier.state_dict()}
+        save_state(folder / CHECKPOINT, state | {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def load_backbone(path: Path, backbone: nn.Module) -> nn.Module:
+    """`backbone` with the weights that `pretrain` left, in evaluation mode.
+
+    Raises:
+        UserError: the weights are another architecture's, or no backbone's.
+    """
+    try:
+        backbone.load_state_dict(load_state(path)["backbone"])
+    except (RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"backbone {path}: not weights of {type(backbone).__name__} ({reason}); expected what pretrain left for it"
+        ) from None
+    return backbone.eval()
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, settings: PretrainConfig, steps_per_epoch: int) -> torch.optim.lr_scheduler.LRScheduler:
+    if settings.decay == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps_per_epoch)
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [epoch * steps_per_epoch for epoch in settings.milestones])
+
+
+def _train_epoch(
+    classifier: Classifier,
+    loader: ImageLoader,
+    epoch: int,
+    settings: PretrainConfig,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    device: torch.device,
+) -> float:
+    classifier.train()
+    total = torch.zeros((), device=device)
+    batches: Iterator[Batch] = loader.epoch(epoch)
+    for images, labels in tqdm(batches, f"pretrain {epoch + 1}/{settings.epochs}", loader.steps_per_epoch, unit="batch", mininterval=1.0):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            loss = classifier.loss(
+                images.to(device, non_blocking=True), labels.to(device), settings.label_smoothing, settings.rotation_weight
+            )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        total += loss.detach().float()
+    mean = float(total) / loader.steps_per_epoch
+    if not math.isfinite(mean):
+        raise UserError(f"pretrain: the loss is {mean} in epoch {epoch + 1}; lower pretrain.learning_rate, or set pretrain.precision=fp32")
+    return mean
+
+
+def _resume(
+    classifier: Classifier, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, folder: Path
+) -> tuple[int, float]:
+    """Where a killed run stood: (epochs done, best validation accuracy)."""
+    if not (folder / CHECKPOINT).exists():
+        return 0, 0.0
+    state = load_state(folder / CHECKPOINT)
+    classifier.load_state_dict(state["classifier"])
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    return state["epoch"], state["best"]
