@@ -81,9 +81,14 @@ def read(path: Path) -> Artifact:
     return Artifact(path, manifest)
 
 
+def partial_path(path: Path) -> Path:
+    """Where the artifact of `path` is built."""
+    return path.with_name(path.name + ".partial")
+
+
 def workspace(path: Path, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Path:
     """The folder to build the artifact of `path` in: an earlier, killed attempt at the very same work, or an empty one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     identity = digest({"stage": stage, "config": config, "inputs": inputs})
     marker = partial / IDENTITY
     if not marker.is_file() or marker.read_text() != identity:

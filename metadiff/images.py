@@ -80,6 +80,11 @@ class ImageSet:
         return ImageSet(self.images[places < per_class], self.labels[places < per_class], self.classes)
 
     @classmethod
+    def open_all(cls, artifact: Artifact) -> dict[str, "ImageSet"]:
+        """The splits there are."""
+        return {split: cls.open(artifact, split) for split in SPLITS if f"{split}.images.npy" in artifact.manifest["files"]}
+
+    @classmethod
     def open(cls, artifact: Artifact, split: str) -> "ImageSet":
         """The split's arrays from a `prepare` artifact.
 

@@ -1,0 +1,274 @@
+"""The task-conditional UNet of MetaDiff (AAAI 2024), Section 4.2 and Figure 3: eps_theta(w_t, S, t)."""
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from pydantic_core import ArgsKwargs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metadiff.config import config
+from metadiff.errors import UserError
+from metadiff.learners import Gain, Learner, LinearLearner, Support
+from metadiff.schedule import Schedule
+
+Preset = Literal["paper", "official", "stable", "consistent"]
+
+_NETWORK = {"time_dim": 320, "time_from_one": False, "activation": "softplus", "skips": True, "output_mix": True, "body": "tcunet"}
+_OFFICIAL = {"gradient": "l2", "gain": "sum", "form": "direct", **_NETWORK}
+# The text names both ReLU and softplus for the blocks, and does not say how the UNet skips: both follow the authors' code.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {**_OFFICIAL, "gain": "mean", "time_dim": 32, "time_from_one": True, "output_mix": False},
+    "official": _OFFICIAL,
+    "stable": {**_OFFICIAL, "gain": "one"},
+    "consistent": {**_OFFICIAL, "gain": "one", "output_mix": False, "form": "consistent"},
+}
+
+
+@config
+class DenoiserConfig:
+    """The noise predictor. What is not given is `preset`'s.
+
+    Attributes:
+        gradient: the loss behind g, the gradient that the network sees: Eq. 11 ("l2") or cross-entropy ("ce", Table 3 (ii)).
+        gain: its factor: "mean" over the support set as printed, "sum" as in the authors' code, "one" for g = w_t - c, or a number.
+        time_dim: size of the sinusoidal time embedding.
+        time_from_one: embed t = 1 .. T instead of 0 .. T-1.
+        activation: after each block but the last.
+        skips: add x2 after the bottle block, x1 after the first decoder, and (direct form) g after the last.
+        output_mix: eps_hat = s(t) g + (1 - s(t)) u instead of the network's u.
+        body: "tcunet", or Table 3 (iii): "none" for eps_hat = g, "scale" for s(t) g with one learned number a step.
+        form: "direct" as in the paper, or "consistent": see `Denoiser`.
+    """
+
+    preset: Preset = "stable"
+    gradient: Literal["l2", "ce"] = "l2"
+    gain: Gain = "one"
+    time_dim: Annotated[int, Field(gt=0, multiple_of=2)] = 320
+    time_from_one: bool = False
+    activation: Literal["softplus", "relu"] = "softplus"
+    skips: bool = True
+    output_mix: bool = True
+    body: Literal["tcunet", "none", "scale"] = "tcunet"
+    form: Literal["direct", "consistent"] = "direct"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_over_preset(cls, given: Any) -> Any:
+        options = given.kwargs or {} if isinstance(given, ArgsKwargs) else given
+        if not isinstance(options, dict):
+            return given
+        preset = options.get("preset", "stable")
+        return {**PRESETS.get(preset, {}), **options} if isinstance(preset, str) else options
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning in the consistent form."""
+        if self.form == "direct":
+            return
+        if self.body == "scale":
+            raise ValueError("body='scale' does not go with form='consistent', which has no raw gradient to scale; use form='direct'")
+        for option, only, why in (
+            ("gradient", "l2", "its gradient is that against the anchor"),
+            ("gain", "one", "its gradient is scaled by the schedule"),
+            ("output_mix", False, "its network predicts a - w_0, not noise"),
+        ):
+            if getattr(self, option) != only:
+                raise ValueError(f"{option}={getattr(self, option)!r} does not go with form='consistent' ({why}); use {only!r}")
+
+
+class Block(nn.Module):
+    """feature(x) * time(e), a block of Figure 3 before its activation; its time layer is applied beforehand."""
+
+    def __init__(self, width_in: int, width_out: int, time_dim: int) -> None:
+        super().__init__()
+        self.feature = nn.Linear(width_in, width_out)
+        self.time = nn.Linear(time_dim, width_out)
+
+    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
+        """(*, width_out) from x (*, width_in) and tau = time(e)."""
+        return self.feature(x) * tau.to(x.dtype)
+
+
+class TCUNet(nn.Module):
+    """Two encoder blocks, a bottle block and two decoder blocks of widths D/2, D/4, D/4, D/2, D, for any D. Figure 3.
+
+    With D = 512, a 320-dimensional time embedding and the mix it has the authors' 807,745 parameters.
+    """
+
+    def __init__(self, width_in: int, width: int, config: DenoiserConfig, *, input_skip: bool) -> None:
+        """`width_in` and `width` are those of input and output; `input_skip` adds the input to the last block's output."""
+        super().__init__()
+        half, quarter, e = max(1, round(width / 2)), max(1, round(width / 4)), config.time_dim
+        self.eb1 = Block(width_in, half, e)
+        self.eb2 = Block(half, quarter, e)
+        self.bb = Block(quarter, quarter, e)
+        self.db1 = Block(quarter, half, e)
+        self.db2 = Block(half, width, e)
+        self.mix = nn.Sequential(nn.Linear(e, e // 2), nn.ReLU(), nn.Linear(e // 2, 1), nn.Sigmoid()) if config.output_mix else None
+        self.activation = F.softplus if config.activation == "softplus" else F.relu
+        self.time_dim, self.first_step, self.skips, self.input_skip = e, int(config.time_from_one), config.skips, input_skip
+
+    def clock(self, t: Tensor) -> tuple[Tensor, ...]:
+        """What depends on t alone, for any shape of t: the blocks' time layers (*t, 1, width), then s(t) (*t, 1, 1) if there is a mix."""
+        e = sinusoid(t + self.first_step, self.time_dim).to(self.eb1.feature.weight.dtype)[..., None, :]
+        tau = tuple(block.time(e) for block in (self.eb1, self.eb2, self.bb, self.db1, self.db2))
+        return tau if self.mix is None else (*tau, self.mix(e))
+
+    def forward(self, g: Tensor, clock: tuple[Tensor, ...]) -> Tensor:
+        """(B, N, width) from g (B, N, width_in) and `clock(t)`."""
+        act, skips = self.activation, self.skips
+        x1 = act(self.eb1(g.to(self.eb1.feature.weight.dtype), clock[0]))
+        x2 = act(self.eb2(x1, clock[1]))
+        x3 = act(self.bb(x2, clock[2]))
+        x4 = act(self.db1(x3 + x2 if skips else x3, clock[3]))
+        u = self.db2(x4 + x1 if skips else x4, clock[4]).to(g.dtype)
+        u = u + g if skips and self.input_skip else u
+        return u if self.mix is None else torch.lerp(u, g, clock[5].to(g.dtype))  # s g + (1 - s) u
+
+
+class StepScale(nn.Module):
+    """eps_hat = s(t) g with a learned s(t), one number a step, from 1. Table 3 (iii)."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(num_steps))
+
+    def clock(self, t: Tensor) -> tuple[Tensor, ...]:
+        """(s(t),), shaped (*t, 1, 1)."""
+        return (self.scale[t][..., None, None],)
+
+    def forward(self, g: Tensor, clock: tuple[Tensor, ...]) -> Tensor:
+        """(B, N, D), as g."""
+        return clock[0] * g
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a denoiser needs to know about the tasks: the same at every step. `anchor` is (B, N, D), of the consistent form alone."""
+
+    support: Support
+    anchor: Tensor | None
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What a denoiser needs to know about the time: sqrt(abar_t), sqrt(1 - abar_t) (*t, 1, 1) and what its network makes of t."""
+
+    signal: Tensor
+    noise: Tensor
+    network: tuple[Tensor, ...]
+
+    def __getitem__(self, t: int) -> "Clock":
+        """One row of a table over t."""
+        return Clock(self.signal[t], self.noise[t], tuple(part[t] for part in self.network))
+
+
+class Denoiser(nn.Module):
+    """eps_hat = eps_theta(w_t, S, t).
+
+    Direct form, the paper's: a network sees g = grad L_{w_t}(S) (Eqs. 10 and 11, in closed form) and returns eps_hat.
+
+    Consistent form, beyond the paper: with the anchor a(S) (class means, or the ridge fit) the gradient is taken in step t's space,
+    g_t = (w_t - sqrt(abar_t) a) / sqrt(1 - abar_t). Then eps = g_t + sqrt(abar_t)/sqrt(1 - abar_t) (a - w_0) exactly,
+    and the network delta(g_t, a, t) predicts a - w_0. Its last layer starts at zero: untrained, it is the anchor's classifier.
+
+    Weights live in a space scaled by `target_scale`: w_t / target_scale are those of the base learner. Gradients are scaled back.
+    """
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        learner: Learner,
+        schedule: Schedule,
+        target_scale: float = 1.0,
+        body: TCUNet | StepScale | None = None,
+    ) -> None:
+        """Without a `body`, eps_hat is g or g_t itself. `build_denoiser` makes the body that `config` describes."""
+        super().__init__()
+        self.config, self.learner, self.schedule, self.target_scale, self.body = config, learner, schedule, target_scale, body
+        self.register_buffer("signal", schedule.signal.clone(), persistent=False)
+        self.register_buffer("noise", schedule.noise.clone(), persistent=False)
+
+    def forward(self, w_t: Tensor, support: Support, t: Tensor) -> Tensor:
+        """(B, N, D): the predicted noise of w_t (B, N, D) at t in 0 .. T-1, (B,) or one for all: ()."""
+        return self.predict(w_t, self.condition(support), self.clock(t))
+
+    def condition(self, support: Support) -> Condition:
+        """What does not change with w_t and t."""
+        return Condition(support, self.learner.anchor(support) * self.target_scale if self.config.form == "consistent" else None)
+
+    def clock(self, t: Tensor) -> Clock:
+        """What does not change with w_t and the task."""
+        return Clock(self.signal[t][..., None, None], self.noise[t][..., None, None], self.body.clock(t) if self.body else ())
+
+    def predict(self, w_t: Tensor, condition: Condition, clock: Clock) -> Tensor:
+        """(B, N, D): `forward` on what `condition` and `clock` have prepared."""
+        a = condition.anchor
+        if a is None:
+            g = self._gradient(w_t, condition.support)
+            return self.body(g, clock.network) if self.body else g
+        g_t = (w_t - clock.signal * a) / clock.noise
+        if self.body is None:
+            return g_t
+        return g_t + clock.signal / clock.noise * self.body(torch.cat([g_t, a], dim=-1), clock.network)
+
+    def _gradient(self, w_t: Tensor, support: Support) -> Tensor:
+        scale, options = self.target_scale, self.config
+        if scale == 1:  # two passes over w_t less
+            return self.learner.gradient(w_t, support, options.gradient, options.gain)
+        return self.learner.gradient(w_t / scale, support, options.gradient, options.gain) * scale
+
+    def network_off(self) -> "Denoiser":
+        """The same denoiser without its network, for the `identity` row: eps_hat = g, or g_t."""
+        return self._with_body(None)
+
+    def rounded(self, dtype: torch.dtype) -> "Denoiser":
+        """A copy for `predict` whose network multiplies in `dtype`; g, its skips and the clock stay as they are."""
+        return self._with_body(deepcopy(self.body).to(dtype) if self.body else None)
+
+    def _with_body(self, body: TCUNet | StepScale | None) -> "Denoiser":
+        other = Denoiser(self.config, self.learner, self.schedule, self.target_scale, body)
+        other.signal, other.noise = self.signal, self.noise
+        return other
+
+
+def build_denoiser(
+    config: DenoiserConfig, feature_dim: int, learner: Learner, schedule: Schedule, target_scale: float = 1.0, seed: int = 0
+) -> Denoiser:
+    """A denoiser for features of `feature_dim` dimensions, its parameters drawn from `seed` without touching torch's global generator.
+
+    Raises:
+        UserError: the linear learner with the gradient of Eq. 11.
+    """
+    if config.form == "direct" and config.gradient == "l2" and isinstance(learner, LinearLearner):
+        raise UserError(
+            "denoiser.gradient='l2' is Eq. 11, which needs class prototypes; for learner.kind='linear' set denoiser.gradient='ce'"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Denoiser(config, learner, schedule, target_scale, _build_body(config, feature_dim, schedule.num_steps))
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """(*t, dim): cos(t f_i), then sin(t f_i), with f_i = 10000^(-i / (dim/2)), i = 0 .. dim/2 - 1."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _build_body(config: DenoiserConfig, feature_dim: int, num_steps: int) -> TCUNet | StepScale | None:
+    if config.body != "tcunet":
+        return StepScale(num_steps) if config.body == "scale" else None
+    if config.form == "direct":
+        return TCUNet(feature_dim, feature_dim, config, input_skip=True)
+    delta = TCUNet(2 * feature_dim, feature_dim, config, input_skip=False)
+    nn.init.zeros_(delta.db2.feature.weight)
+    nn.init.zeros_(delta.db2.feature.bias)
+    return delta

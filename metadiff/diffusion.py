@@ -1,0 +1,44 @@
+"""The meta-objective of MetaDiff (AAAI 2024), Eq. 12 and Algorithm 1."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from metadiff.denoiser import Denoiser
+from metadiff.learners import Support
+from metadiff.schedule import Schedule
+
+Weighting = Literal["eps", "min_snr", "x0"]
+MIN_SNR_GAMMA = 5.0
+
+
+def draw(generator: torch.Generator, w_0: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
+    """One t ~ Uniform{0 .. T-1} a task (B,), and eps ~ N(0, I) shaped like w_0, on the generator's device. Algorithm 1, lines 4 and 5."""
+    t = torch.randint(num_steps, w_0.shape[:1], generator=generator, device=generator.device)
+    eps = torch.randn(w_0.shape, generator=generator, device=generator.device, dtype=w_0.dtype)
+    return t, eps
+
+
+def diffusion_loss(
+    denoiser: Denoiser, schedule: Schedule, w_0: Tensor, support: Support, t: Tensor, eps: Tensor, weighting: Weighting = "eps"
+) -> Tensor:
+    """The scalar E ||eps - eps_theta(w_t, S, t)||^2 as a mean over all elements. Eq. 12.
+
+    `w_0` and `eps` are (B, N, D), `t` is (B,); `weighting` is that of `loss_weights`.
+    """
+    eps_hat = denoiser(schedule.q_sample(w_0, t, eps), support, t)
+    errors = (eps - eps_hat).square().mean((1, 2))
+    return (errors * loss_weights(schedule, weighting).to(errors)[t]).mean()
+
+
+def loss_weights(schedule: Schedule, weighting: Weighting) -> Tensor:
+    """(T,) float64: what multiplies the squared error of eps at each t, with SNR_t = abar_t / (1 - abar_t).
+
+    "eps": 1, the paper's. "min_snr": min(SNR, 5) / SNR ("Efficient Diffusion Training via Min-SNR Weighting Strategy", ICCV 2023).
+    "x0": 1 / SNR, so that the error is that of the w_0 which eps_hat implies; of a `consistent` denoiser's a - w_0, unweighted.
+    """
+    snr = schedule.abar / (1 - schedule.abar)
+    if weighting == "eps":
+        return torch.ones_like(snr)
+    return (snr.clamp(max=MIN_SNR_GAMMA) if weighting == "min_snr" else 1.0) / snr

@@ -1,0 +1,172 @@
+"""Evaluation: accuracy of every system on the same tasks, with 95 % intervals, paired against class means and identity."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from tqdm import tqdm
+
+from metadiff.config import config
+from metadiff.denoiser import Denoiser
+from metadiff.episodes import Episodes, EpisodeSampler
+from metadiff.learners import Learner, PrototypeLearner, Support
+from metadiff.samplers import SamplerConfig, denoise_steps, sample
+from metadiff.schedule import Schedule
+
+TRACE_POINTS = 51
+BLOCK = 256
+
+
+@config
+class EvaluateConfig:
+    """The protocol of the rows; the paper's is 600 tasks with 15 queries a class (Section 5.2)."""
+
+    split: Literal["novel", "val"] = "novel"
+    """Rows on `val` are marked as tuned on: those classes chose the options."""
+    num_tasks: Annotated[int, Field(ge=2)] = 600
+    gda_learning_rate: Annotated[float, Field(gt=0)] = 1.0
+    """Of the gradient-descent row: cross-entropy of the learner's logits on the support set, from w ~ N(0, I) (Eq. 4)."""
+    gda_steps: Annotated[int, Field(ge=1)] = 100
+    trace_tasks: Annotated[int, Field(ge=1)] = 200
+    """Tasks behind the curves along the denoising steps (Figure 5)."""
+
+
+@dataclass(frozen=True)
+class TaskBlock:
+    """B tasks of one shot, on transformed features.
+
+    Attributes:
+        support: of the B tasks.
+        query: (B, N Q, D), class by class.
+        labels: (N Q,) the true way of each query.
+        w_T: (B, N, D) the Gaussian start, drawn from each task's number alone.
+        full_means: (B, N, D) means of all images of each class, for the oracle.
+        seed: what z of a stochastic sampler is drawn from.
+    """
+
+    support: Support
+    query: Tensor
+    labels: Tensor
+    w_T: Tensor
+    full_means: Tensor
+    seed: int
+
+
+System = Callable[[TaskBlock], tuple[Learner, Tensor]]
+"""Maps tasks to the learner and the weights (B, N, D) that classify their queries."""
+
+
+def draw_tasks(sampler: EpisodeSampler, features: Tensor, class_means: Tensor, ids: np.ndarray, seed: int) -> TaskBlock:
+    """The tasks numbered `ids` from a split's transformed features (n, D) and class means (C, D)."""
+    episodes: Episodes = sampler.draw(ids)
+    way, shot, query = sampler.way, sampler.shot, sampler.query
+    labels = torch.arange(way, device=features.device)
+    support = Support(
+        features[episodes.support.reshape(len(ids), -1)], labels.repeat_interleave(shot).expand(len(ids), -1), way
+    )
+    return TaskBlock(
+        support,
+        features[episodes.query.reshape(len(ids), -1)],
+        labels.repeat_interleave(query),
+        start_noise(ids, way, features.shape[1], seed).to(features.device),
+        class_means[episodes.classes],
+        int(ids[0]),
+    )
+
+
+def start_noise(ids: np.ndarray, way: int, dim: int, seed: int) -> Tensor:
+    """w_T ~ N(0, I), (B, N, D): the same for a task whatever else is drawn with it. Algorithm 2, line 2."""
+    generator = torch.Generator()
+    seeds = (int(np.random.SeedSequence([seed, int(task)]).generate_state(1, np.uint64)[0] >> 1) for task in ids)
+    return torch.stack([torch.randn(way, dim, generator=generator.manual_seed(s)) for s in seeds])
+
+
+def systems(denoiser: Denoiser, untrained: Denoiser, learner: Learner, schedule: Schedule, sampler: SamplerConfig, settings: EvaluateConfig) -> dict[str, System]:
+    """The rows that stand beside every accuracy."""
+    cosine = PrototypeLearner("cosine")
+
+    def diffusion(model: Denoiser) -> System:
+        return lambda task: (learner, sample(model, schedule, task.support, task.w_T, sampler, _noise(sampler, task)) / model.target_scale)
+
+    return {
+        "metadiff": diffusion(denoiser),
+        "class_mean": lambda task: (cosine, task.support.means),
+        "gda": lambda task: (learner, gradient_descent(learner, task.support, task.w_T, settings.gda_learning_rate, settings.gda_steps)),
+        "identity": diffusion(denoiser.network_off()),
+        "untrained": diffusion(untrained),
+        "oracle": lambda task: (cosine, task.full_means),
+    }
+
+
+@torch.inference_mode()
+def gradient_descent(learner: Learner, support: Support, w: Tensor, learning_rate: float, steps: int) -> Tensor:
+    """Plain gradient descent on the support cross-entropy, from `w` (B, N, D). Eq. 4."""
+    for _ in range(steps):
+        w = w - learning_rate * learner.ce_gradient(w, support)
+    return w
+
+
+@torch.inference_mode()
+def evaluate(rows: Mapping[str, System], tasks: Callable[[np.ndarray], TaskBlock], num_tasks: int, label: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Accuracy of every system on every task: ({system: (num_tasks,)}, {system: seconds}), block by block."""
+    accuracy: dict[str, list[Tensor]] = {name: [] for name in rows}
+    seconds = dict.fromkeys(rows, 0.0)
+    with tqdm(total=num_tasks * len(rows), desc=label, unit="task", mininterval=1.0) as progress:
+        for start in range(0, num_tasks, BLOCK):
+            task = tasks(np.arange(start, min(start + BLOCK, num_tasks)))
+            for name, system in rows.items():
+                began = time.perf_counter()
+                right = predictions(*system(task), task) == task.labels
+                accuracy[name].append(right.double().mean(1).cpu())
+                seconds[name] += time.perf_counter() - began
+                progress.update(len(right))
+    return {name: torch.cat(parts).numpy() for name, parts in accuracy.items()}, seconds
+
+
+def predictions(learner: Learner, w: Tensor, task: TaskBlock) -> Tensor:
+    """(B, N Q) predicted ways (Eq. 9); -1, which is never right, where diverged weights give no finite logits."""
+    logits = learner.logits(w, task.query)
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+
+def interval(values: np.ndarray) -> float:
+    """Half the width of the 95 % interval of the mean: 1.96 s / sqrt(n)."""
+    return float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def result_rows(accuracy: Mapping[str, np.ndarray], seconds: Mapping[str, float], common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a system, with paired differences to class means and to identity; all fractions."""
+    rows = []
+    for name, values in accuracy.items():
+        row: dict[str, Any] = {"system": name, **common, "tasks": len(values), "accuracy": float(values.mean()), "ci95": interval(values)}
+        for baseline in ("class_mean", "identity"):
+            difference = values - accuracy[baseline]
+            row |= {f"minus_{baseline}": float(difference.mean()), f"minus_{baseline}_ci95": interval(difference)}
+        rows.append(row | {"seconds": round(seconds[name], 3)})
+    return rows
+
+
+@torch.inference_mode()
+def trace(denoiser: Denoiser, learner: Learner, schedule: Schedule, sampler: SamplerConfig, task: TaskBlock) -> dict[str, Any]:
+    """Query accuracy and cross-entropy along the denoising steps, at about 50 of them, beside that of class means. Figure 5."""
+    wanted = {round(t) for t in np.linspace(0, schedule.num_steps, TRACE_POINTS)}
+    by_means = predictions(PrototypeLearner("cosine"), task.support.means, task) == task.labels
+    curves: dict[str, Any] = {"t": [], "accuracy": [], "loss": [], "class_mean_accuracy": float(by_means.double().mean())}
+    for t, w in denoise_steps(denoiser, schedule, task.support, task.w_T, sampler, _noise(sampler, task)):
+        if t in wanted:
+            logits = learner.logits(w / denoiser.target_scale, task.query)
+            truth = task.labels.expand(len(w), -1)
+            curves["t"].append(t)
+            curves["accuracy"].append(float((logits.argmax(-1) == truth).double().mean()))
+            curves["loss"].append(float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), truth.flatten())))
+    return curves
+
+
+def _noise(sampler: SamplerConfig, task: TaskBlock) -> torch.Generator | None:
+    return torch.Generator(task.w_T.device).manual_seed(task.seed) if sampler.stochastic else None

@@ -1,0 +1,67 @@
+"""From a run's artifacts to its report page."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metadiff import artifact
+from metadiff.artifact import Artifact
+from metadiff.config import dump
+from metadiff.images import ImageSet
+from metadiff.metrics import read_rows
+from metadiff.pipeline import Run
+from metadiff.pretraining import METRICS
+from metadiff.report import EpisodePicture, RunReport, Variant, results_table, write_report
+
+PICTURED_QUERIES = 6
+
+
+def report(run: Run, folder: Path) -> None:
+    """Write the page over every evaluated variant of the run."""
+    prepared, pretrained = run.artifacts["prepare"], run.artifacts["pretrain"]
+    images = ImageSet.open_all(prepared)
+    write_report(
+        RunReport(
+            name=run.config.run.name,
+            config=dump(run.config),
+            data={split: {"classes": len(part.classes), "images": len(part.labels)} for split, part in images.items()},
+            pretraining=read_rows(pretrained.file(METRICS)),
+            stage_seconds={name: made.manifest["seconds"] for name, made in run.artifacts.items()},
+            versions=dict(pretrained.manifest["versions"]),
+            variants=[_variant(run, evaluated, images) for evaluated in evaluations(run)],
+        ),
+        folder,
+    )
+
+
+def final_words(run: Run) -> str:
+    """The results table and where the page is: what the last stage leaves on the screen."""
+    results = [json.loads(evaluated.file("results.json").read_text()) for evaluated in evaluations(run)]
+    return f"{results_table(results)}\nreport page: {run.artifacts['report'].file('index.html')}"
+
+
+def evaluations(run: Run) -> Iterator[Artifact]:
+    """The evaluated variants of a run, the one at hand first."""
+    own = run.artifacts["evaluate"].path
+    others = sorted(path for path in own.parent.iterdir() if artifact.exists(path) and path != own)
+    return (artifact.read(path) for path in [own, *others])
+
+
+def _variant(run: Run, evaluated: Artifact, images: dict[str, ImageSet]) -> Variant:
+    name = evaluated.path.name
+    results, trace, examples = (json.loads(evaluated.file(f"{part}.json").read_text()) for part in ("results", "trace", "examples"))
+    trained = run.folder / "train" / name
+    curves = {path.name.removesuffix("shot.jsonl"): read_rows(path) for path in sorted(trained.glob("*shot.jsonl"))}
+    split = images[results["protocol"]["split"]]
+    pictures = [picture for shot, drawn in examples.items() for picture in _pictures(int(shot), drawn, split)]
+    return Variant(name, results, trace, curves, pictures)
+
+
+def _pictures(shot: int, drawn: dict[str, Any], split: ImageSet) -> Iterator[EpisodePicture]:
+    for classes, support, query, predicted in zip(drawn["classes"], drawn["support"], drawn["query"], drawn["predicted"], strict=True):
+        shown = np.array(query)[:, :PICTURED_QUERIES]
+        names = tuple(split.classes[index] for index in classes)
+        yield EpisodePicture(shot, names, split.images[np.array(support)], split.images[shown], np.array(predicted)[:, :PICTURED_QUERIES])

@@ -1,0 +1,195 @@
+"""What each stage does in one process: glue between the configuration and the method."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metadiff.artifact import write_atomically
+from metadiff.backbones import build_backbone, feature_dim
+from metadiff.checkpoint import load_state, save_state
+from metadiff.datasets.source import SPLITS
+from metadiff.denoiser import Denoiser, build_denoiser
+from metadiff.episodes import EpisodeSampler, TaskSchedule
+from metadiff.evaluation import draw_tasks, evaluate, predictions, result_rows, systems, trace
+from metadiff.features import EmbedConfig, FeatureBank, FeaturesConfig, FeatureTransform, embed_images, write_bank
+from metadiff.images import ImageSet, MemoryLoader, write_split
+from metadiff.learners import Support, build_learner
+from metadiff.pipeline import Run, Stage, say
+from metadiff.pretraining import BACKBONE, Classifier, load_backbone, pretrain
+from metadiff.reporting import report
+from metadiff.schedule import Schedule
+from metadiff.targets import Targets, class_means, write_targets
+from metadiff.training import load_denoiser, train
+
+TRANSFORM = "transform.safetensors"
+EVALUATION_SEED = 1_000_003
+PICTURED_TASKS = 2
+
+_VALIDATION_IMAGES = 100
+_VALIDATION_TASKS = 1000
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """Decode the data set's images into arrays, split by split."""
+    sources = run.config.data.sources(run.config.seed)
+    for split in SPLITS:
+        if split in sources:
+            write_split(folder, split, sources[split], run.config.prepare)
+        else:
+            say(f"prepare: the data set has no {split!r} split; what needs it will say so")
+
+
+def pretrain_backbone(run: Run, folder: Path) -> None:
+    """Train the backbone as a classifier of the base classes."""
+    settings, seed = run.config.pretrain, run.config.seed
+    base = ImageSet.open(run.artifacts["prepare"], "base")
+    backbone = build_backbone(settings.backbone, seed)
+    classifier = Classifier(backbone, feature_dim(backbone, base.images.shape[1]), len(base.classes), seed)
+    loader = MemoryLoader(base, settings.batch_size, settings.augment, seed)
+    pretrain(classifier, loader, settings, folder, run.device, _validation(run))
+
+
+def embed(run: Run, folder: Path) -> None:
+    """Run the frozen backbone over all images."""
+    backbone = load_backbone(run.artifacts["pretrain"].file(BACKBONE), build_backbone(run.config.pretrain.backbone, 0)).to(run.device)
+    for split, images in ImageSet.open_all(run.artifacts["prepare"]).items():
+        write_bank(folder, split, images, backbone, run.config.embed, run.config.pretrain.augment, run.config.seed, run.device)
+
+
+def _validation(run: Run) -> Callable[[nn.Module], float] | None:
+    """Nearest-prototype accuracy of a backbone on validation classes, or None where there are none."""
+    splits = ImageSet.open_all(run.artifacts["prepare"])
+    if "val" not in splits:
+        return None
+    images = splits["val"].head(_VALIDATION_IMAGES)
+    way = min(run.config.episodes.way, len(images.classes))
+    episodes = EpisodeSampler(images.offsets, way, 1, 5, run.config.seed, "val").draw(np.arange(_VALIDATION_TASKS))
+
+    def accuracy(backbone: nn.Module) -> float:
+        backbone.eval()
+        raw = np.concatenate(list(embed_images(images.images, backbone, EmbedConfig(), None, 0, run.device)))
+        features = FeatureTransform.fit(raw, FeaturesConfig())(raw)
+        support, query = features[episodes.support].mean(2), features[episodes.query]
+        logits = torch.einsum("bnqd,bmd->bnqm", query, nn.functional.normalize(support, dim=-1))
+        return float((logits.argmax(-1) == torch.arange(way)[:, None]).float().mean())
+
+    return accuracy
+
+
+def fit_targets(run: Run, folder: Path) -> None:
+    """Fix the features' scale on the base classes, and fit the target w_0 of every task."""
+    bank = FeatureBank.open(run.artifacts["embed"], "base")
+    transform = FeatureTransform.fit(bank.features, run.config.features)
+    save_state(folder / TRANSFORM, transform.state())
+    sampler = EpisodeSampler(bank.offsets, run.config.episodes.way, 1, 1, run.config.seed, "base")
+    write_targets(folder, transform(bank.features), bank.offsets, sampler, build_learner(run.config.learner), run.config.targets)
+
+
+def train_denoisers(run: Run, folder: Path) -> None:
+    """Train one denoiser for each number of shots."""
+    schedule = Schedule(run.config.schedule, run.device)
+    for shot in run.config.episodes.shots:
+        denoiser = _build_denoiser(run, schedule, run.config.seed).to(run.device)
+        label = f"train {run.config.denoiser.preset} {shot}-shot"
+        train(denoiser, schedule, partial(_batches, run, shot), run.config.train, run.config.seed, folder / f"{shot}shot", label)
+
+
+def evaluate_systems(run: Run, folder: Path) -> None:
+    """Score every row on the same tasks, and keep curves and pictures for the report."""
+    settings, seed = run.config.evaluate, run.config.seed + EVALUATION_SEED
+    bank, transform = FeatureBank.open(run.artifacts["embed"], settings.split), _transform(run)
+    features = transform(bank.features).to(run.device)
+    means = class_means(features, bank.offsets)
+    learner, schedule = build_learner(run.config.learner), Schedule(run.config.schedule, run.device)
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, Any] = {}
+    examples: dict[str, Any] = {}
+    for shot in run.config.episodes.shots:
+        sampler = EpisodeSampler(bank.offsets, run.config.episodes.way, shot, run.config.episodes.query, seed, settings.split)
+        tasks = partial(draw_tasks, sampler, features, means, seed=seed)
+        denoiser = load_denoiser(run.artifacts["train"].file(f"{shot}shot.safetensors"), _build_denoiser(run, schedule, 0)).to(run.device)
+        untrained = _build_denoiser(run, schedule, run.config.seed).to(run.device)
+        compared = systems(denoiser, untrained, learner, schedule, run.config.sampler, settings)
+        accuracy, seconds = evaluate(compared, tasks, settings.num_tasks, f"evaluate {run.config.denoiser.preset} {shot}-shot")
+        common = {"preset": run.config.denoiser.preset, "way": run.config.episodes.way, "shot": shot}
+        rows += result_rows(accuracy, seconds, common)
+        block = tasks(np.arange(min(settings.trace_tasks, settings.num_tasks)))
+        curves[str(shot)] = trace(denoiser, learner, schedule, run.config.sampler, block)
+        examples[str(shot)] = _examples(sampler, predictions(*compared["metadiff"](tasks(np.arange(PICTURED_TASKS))), tasks(np.arange(PICTURED_TASKS))))
+    results = {"protocol": _protocol(run), "rows": rows}
+    for name, content in (("results", results), ("trace", curves), ("examples", examples)):
+        write_atomically(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+
+
+def _build_denoiser(run: Run, schedule: Schedule, seed: int) -> Denoiser:
+    targets = Targets.open(run.artifacts["fit_targets"])
+    return build_denoiser(run.config.denoiser, targets.dim, build_learner(run.config.learner), schedule, targets.scale, seed)
+
+
+def _transform(run: Run) -> FeatureTransform:
+    return FeatureTransform(**load_state(run.artifacts["fit_targets"].file(TRANSFORM)))
+
+
+def _batches(run: Run, shot: int, start: int) -> Iterator[tuple[Tensor, Support]]:
+    """Training batches from iteration `start` on: seeded rounds over all tasks, with new support images at every visit."""
+    bank, targets, settings = FeatureBank.open(run.artifacts["embed"], "base"), Targets.open(run.artifacts["fit_targets"]), run.config
+    views = torch.stack([_transform(run)(view) for view in bank.views])
+    sampler = EpisodeSampler(bank.offsets, settings.episodes.way, shot, settings.episodes.query, settings.seed, "base")
+    schedule = TaskSchedule(targets.num_tasks, settings.seed)
+    labels = torch.arange(sampler.way).repeat_interleave(shot).expand(settings.train.batch_size, -1)
+    for iteration in itertools.count(start):
+        episode_ids = np.arange(iteration * settings.train.batch_size, (iteration + 1) * settings.train.batch_size)
+        task_ids = schedule.task_ids(episode_ids)
+        images = sampler.draw(episode_ids, task_ids).support.reshape(len(task_ids), -1)
+        view = np.random.default_rng([settings.seed, iteration]).integers(len(views), size=images.shape)
+        support = Support(views[view, images], labels, sampler.way)
+        yield targets.w_0(task_ids).to(run.device), support.to(run.device)
+
+
+def _protocol(run: Run) -> dict[str, Any]:
+    settings = run.config
+    return {
+        "dataset": settings.data.kind,
+        "backbone": settings.pretrain.backbone,
+        "split": settings.evaluate.split,
+        "tuned_on": settings.evaluate.split == "val",
+        "way": settings.episodes.way,
+        "shots": list(settings.episodes.shots),
+        "query": settings.episodes.query,
+        "tasks": settings.evaluate.num_tasks,
+        "learner": settings.learner.kind,
+        "steps": settings.schedule.num_steps,
+        "seed": settings.seed,
+        "interval": "95 %, 1.96 s / sqrt(tasks); differences are paired by task",
+    }
+
+
+def _examples(sampler: EpisodeSampler, predicted: Tensor) -> dict[str, Any]:
+    """Image numbers and predictions of the first tasks, for the report's pictures."""
+    episodes = sampler.draw(np.arange(len(predicted)))
+    parts = {"classes": episodes.classes, "support": episodes.support, "query": episodes.query}
+    parts["predicted"] = predicted.cpu().numpy().reshape(episodes.query.shape)
+    return {name: array.tolist() for name, array in parts.items()}
+
+
+STAGES: dict[str, Stage] = {
+    "prepare": Stage(prepare, ("data", "prepare"), ()),
+    "pretrain": Stage(pretrain_backbone, ("pretrain",), ("prepare",)),
+    "embed": Stage(embed, ("embed",), ("prepare", "pretrain")),
+    "fit_targets": Stage(fit_targets, ("features", "learner", "targets", "episodes"), ("embed",), variant=True),
+    "train": Stage(train_denoisers, ("episodes", "learner", "schedule", "denoiser", "train"), ("embed", "fit_targets"), variant=True),
+    "evaluate": Stage(
+        evaluate_systems,
+        ("episodes", "learner", "schedule", "denoiser", "sampler", "evaluate"),
+        ("embed", "fit_targets", "train"),
+        variant=True,
+    ),
+    "report": Stage(report, (), ("prepare", "pretrain", "embed", "fit_targets", "train", "evaluate")),
+}

@@ -1,0 +1,211 @@
+import math
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from metadiff.checkpoint import load_state, save_state
+from metadiff.errors import UserError
+
+
+def assert_same(first: Any, second: Any) -> None:
+    """Equal in structure, types (a tuple comes back as a list), dtypes and bits."""
+    if isinstance(first, torch.Tensor):
+        assert isinstance(second, torch.Tensor)
+        assert (first.dtype, first.shape) == (second.dtype, second.shape)
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert [(type(key), key) for key in first] == [(type(key), key) for key in second]
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        assert isinstance(second, list)
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+    else:
+        assert type(first) is type(second)
+        assert first == second
+
+
+def round_trip(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    save_state(path, state)
+    return load_state(path)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "checkpoint.safetensors"
+
+
+def refusal(path: Path) -> str:
+    """The one line with which the checkpoint is refused."""
+    with pytest.raises(UserError) as caught:
+        load_state(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_plain_values_and_keys_keep_their_types(path: Path) -> None:
+    state = {1: "int key", "1": "str key", "flag": True, "count": 3, "rate": 0.1, "text": "\u00e9\n", "none": None}
+    state |= {"betas": (0.9, 0.999), "empty": [{}, [], ()], "nested": {0: {1: [2, {"a": False}]}}, "dict": {"__tensor__": "x"}}
+    assert_same(state, round_trip(path, state))
+    assert round_trip(path, {"best": -math.inf})["best"] == -math.inf
+    assert math.isnan(round_trip(path, {"best": math.nan})["best"])
+    assert round_trip(path, {}) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (2, 3)])
+def test_tensors_of_all_shapes_and_types(path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    assert_same({"x": tensor, "list": [tensor + 1 if dtype != torch.bool else tensor]}, load_after(path, tensor, dtype))
+
+
+def load_after(path: Path, tensor: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    return round_trip(path, {"x": tensor, "list": (tensor + 1 if dtype != torch.bool else tensor,)})
+
+
+def test_tensors_that_share_memory(path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    parameter = nn.Parameter(whole.clone())
+    state = {
+        "whole": whole,
+        "again": whole,
+        "row": whole[1],
+        "turned": whole.T,
+        "strided": whole[:, ::2],
+        "tied": [parameter, parameter.data],
+    }
+    assert_same(state, round_trip(path, state))
+
+
+def test_channels_last_keeps_its_values(path: Path) -> None:
+    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    assert_same({"images": images}, round_trip(path, {"images": images}))
+
+
+def test_what_is_loaded_is_ours_to_change(path: Path) -> None:
+    original = torch.ones(3)
+    first = round_trip(path, {"x": original})
+    first["x"].add_(1)
+    original.zero_()
+    assert load_state(path)["x"].tolist() == [1, 1, 1]
+
+
+def test_two_tensors_of_one_name_are_a_bug(path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"named a\.b"):
+        save_state(path, {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1)})
+    assert not path.exists()
+
+
+def test_other_tools_find_the_tensors_by_name(path: Path) -> None:
+    save_state(path, {"net": {"weight": torch.ones(2)}, "steps": [torch.zeros(1)]})
+    assert sorted(load_file(path)) == ["net.weight", "steps.0"]
+
+
+OPTIMIZERS: list[Callable[[nn.Module], torch.optim.Optimizer]] = [
+    lambda net: torch.optim.SGD(net.parameters(), 0.1, 0.9, nesterov=True),
+    lambda net: torch.optim.Adam(net.parameters(), 0.1, fused=True),
+    lambda net: torch.optim.AdamW([{"params": net[0].parameters(), "lr": 0.3}, {"params": net[1].parameters()}], 0.1, amsgrad=True),  # type: ignore[index]
+]
+SCHEDULERS: list[Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]] = [
+    lambda optimizer: torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 4]),
+    lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 6),
+    lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1)),
+]
+
+
+@pytest.mark.parametrize("make_optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("make_scheduler", SCHEDULERS)
+def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(path: Path, make_optimizer: Any, make_scheduler: Any) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+        linear = nn.Linear(3, 4, bias=False)
+        linear.weight.data = torch.arange(12.0).view(4, 3).sin()
+        net = nn.Sequential(linear, nn.BatchNorm1d(4))
+        optimizer = make_optimizer(net)
+        return net, optimizer, make_scheduler(optimizer)
+
+    def step(parts: Any, number: int) -> None:
+        net, optimizer, scheduler = parts
+        optimizer.zero_grad()
+        net(torch.arange(15.0).view(5, 3).add(number).cos()).sin().mean().backward()
+        optimizer.step()
+        scheduler.step()
+
+    straight = start()
+    for number in range(6):
+        step(straight, number)
+    killed, resumed = start(), start()
+    for number in range(3):
+        step(killed, number)
+    save_state(path, {"parts": [part.state_dict() for part in killed]})
+    for part, state in zip(resumed, load_state(path)["parts"], strict=True):
+        part.load_state_dict(state)
+    for number in range(3, 6):
+        step(resumed, number)
+    assert_same(straight[0].state_dict(), dict(resumed[0].state_dict()))
+    assert straight[2].get_last_lr() == resumed[2].get_last_lr()
+    assert_same(straight[1].state_dict()["state"], resumed[1].state_dict()["state"])
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 20, -4, -1])
+def test_truncated_checkpoint_is_refused(path: Path, keep: int) -> None:
+    save_state(path, {"x": torch.arange(10.0), "step": 3})
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "truncated or damaged" in refusal(path)
+
+
+def test_what_is_no_checkpoint_is_refused(path: Path) -> None:
+    assert "no such file" in refusal(path)
+    save_file({"x": torch.ones(1)}, path)
+    assert "truncated or damaged" in refusal(path)
+    save_file({"x": torch.ones(1)}, path, {"state": "[[]"})
+    assert "truncated or damaged" in refusal(path)
+    save_file({"x": torch.ones(1)}, path, {"state": '{"__tensor__": "y"}'})
+    assert "truncated or damaged" in refusal(path)
+    path.unlink()
+    path.mkdir()
+    assert "truncated or damaged" in refusal(path)
+
+
+class Trap:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda trap, path: path.write_bytes(pickle.dumps(trap)), lambda trap, path: torch.save({"x": trap}, path)]
+)
+def test_a_pickle_in_its_place_is_refused_without_being_executed(path: Path, write: Callable[[Trap, Path], object]) -> None:
+    made = path.with_name("made")
+    write(Trap(made), path)
+    assert "truncated or damaged" in refusal(path)
+    assert not made.exists()
+    pickle.loads(pickle.dumps(Trap(made)))
+    assert made.exists()
+
+
+def test_a_kill_while_saving_leaves_the_old_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_state(path, {"epoch": 1})
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            patch.setattr(os, step, die)
+            save_state(path, {"epoch": 2})
+        assert load_state(path) == {"epoch": 1}
