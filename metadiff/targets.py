@@ -244,6 +244,11 @@ class _Objective:
 
 
 def check_targets(settings: TargetsConfig, learner: Learner) -> None:
+    """Refuse settings that do not suit the learner.
+
+    Raises:
+        UserError: class means or a pull for a linear learner.
+    """
     if isinstance(learner, PrototypeLearner):
         return
     if settings.kind == "mean":

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "config", "machine", "artifact", "checkpoint", "metrics", "datasets", "backbones", "images", "pretraining", "features"),
     *("episodes", "learners", "lbfgs", "targets", "schedule", "denoiser", "diffusion", "samplers", "training", "evaluation", "estimator"),
-    *("rivals", "report", "presets", "pipeline", "reporting", "stages", "__main__", "__init__"),
+    *("rivals", "report", "presets", "pipeline", "reporting", "stages", "preflight", "__main__", "__init__"),
 )
 OUTSIDE = {"ray", "ffcv", "distributed", "benchmarks", "tests"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}

@@ -261,7 +261,12 @@ def test_a_kill_while_replacing_leaves_the_old_or_the_new_or_none(tmp_path: Path
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
+    file, seen = tmp_path / "file", []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: seen.append(file.read_bytes()))
+        file.write_bytes(b"old")
+        write_atomically(file, b"new")
+    assert [*seen, file.read_bytes()] == [b"old", b"new"]
     for _ in kills(monkeypatch, lambda: (write_atomically(file, b"new"), os.unlink(file)), lambda: file.write_bytes(b"old")):
         assert file.read_bytes() in (b"old", b"new")
 

@@ -164,7 +164,7 @@ def test_file_that_is_not_there_is_refused(path: Path) -> None:
 
 def test_no_config_can_run_code(path: Path) -> None:
     made = path.with_name("made")
-    path.write_text(f"name: !!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{made}']]")
+    path.write_text(f"name: !!python/object/apply:os.mkdir ['{made}']")
     assert "not valid YAML" in refusal(path)
     assert not made.exists()
 

@@ -247,6 +247,13 @@ def test_batches_depend_on_seed_epoch_and_step_alone(noisy: ImageSet, crop: Any)
         assert not any(torch.equal(a, b) for a, (b, _) in zip(first, other, strict=True))
 
 
+def test_order_and_augmentation_each_change_with_epoch_and_seed(noisy: ImageSet) -> None:
+    orders = [next(MemoryLoader(noisy, 11, PLAIN, seed).epoch(epoch))[0] for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    shifts = [next(MemoryLoader(noisy, 12, AugmentConfig(), seed).epoch(epoch))[0] for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    for images in (orders, shifts):
+        assert not any(torch.equal(images[a], images[b]) for a in range(4) for b in range(a))
+
+
 def test_global_randomness_is_left_alone(noisy: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the GPU's global generator was seeded"))
     torch.default_generator.manual_seed(5)

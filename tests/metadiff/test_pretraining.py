@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metadiff.backbones import build_backbone, feature_dim
+from metadiff.checkpoint import save_state
 from metadiff.config import validate
 from metadiff.errors import UserError
 from metadiff.images import AugmentConfig, Batch, ImageLoader, ImageSet, MemoryLoader
@@ -192,6 +193,22 @@ def test_a_killed_run_continues_to_the_same_bits(
     assert again.epochs == list(range(resumed_at, EPOCHS))
     assert (tmp_path / "killed" / BACKBONE).read_bytes() == (tmp_path / "whole" / BACKBONE).read_bytes()
     assert not (tmp_path / "killed" / CHECKPOINT).exists()
+
+
+def test_a_kill_before_the_checkpoint_repeats_no_row(tmp_path: Path, loader: MemoryLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(tmp_path / "whole", loader, SomeAccuracy())
+
+    def dying(path: Path, state: dict[str, Any]) -> None:
+        if path.name == CHECKPOINT and state["epoch"] == 2:
+            raise KeyboardInterrupt
+        save_state(path, state)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr("metadiff.pretraining.save_state", dying)
+        run(tmp_path / "killed", loader, SomeAccuracy())
+    assert rows_of(tmp_path / "killed") == whole[:2]
+    assert run(tmp_path / "killed", loader, SomeAccuracy()) == whole
+    assert (tmp_path / "killed" / BACKBONE).read_bytes() == (tmp_path / "whole" / BACKBONE).read_bytes()
 
 
 def test_a_killed_run_keeps_the_best_of_before(tmp_path: Path, loader: MemoryLoader) -> None:
