@@ -6,7 +6,7 @@ READY := .venv/.installed
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check accuracy clean
+.PHONY: help install demo test check accuracy bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,8 +27,11 @@ check: $(READY) ## lint, formatting and types
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m basedpyright
 
-accuracy: $(READY) ## measure accuracy beside its baselines
+accuracy: $(READY) ## the accuracy gate, on glyphs and on mini-ImageNet (its zip in $$METADIFF_DATA); an hour and more
 	$(PYTHON) -m benchmarks.accuracy
+
+bench: $(READY) ## measure how long the demo takes
+	$(PYTHON) -m benchmarks.demo_time
 
 clean: ## remove the environment and all caches; results stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info

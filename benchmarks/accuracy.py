@@ -32,8 +32,12 @@ WHY_NOT = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the gate; 0 if it holds, 1 if it does not, 2 for bad input."""
-    parser = argparse.ArgumentParser("python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path(os.environ.get("METADIFF_DATA", "../shared/data")), help="folder with the data sets' zips")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("METADIFF_DATA", "../shared/data")), help="folder with the data sets' zips"
+    )
     parser.add_argument("what", nargs="*", default=[], help="data sets, and overrides for all of them")
     options = parser.parse_args(arguments)
     overrides = [word for word in options.what if "=" in word]
@@ -70,7 +74,9 @@ def verdicts(preset: str, rows: list[dict[str, Any]]) -> list[str]:
         ours, untrained = by_system["metadiff", shot], by_system["untrained", shot]
         low = ours["minus_class_mean"] - ours["minus_class_mean_ci95"]
         if not low > FLOOR:
-            failures.append(f"{preset} {shot}-shot minus class_mean: the interval begins at {100 * low:+.2f} points, above {100 * FLOOR:+.0f} expected")
+            failures.append(
+                f"{preset} {shot}-shot minus class_mean: the interval begins at {100 * low:+.2f} points, above {100 * FLOOR:+.0f} expected"
+            )
         separated = ours["accuracy"] - ours["ci95"] > untrained["accuracy"] + untrained["ci95"]
         if preset == "stable" and not separated:
             failures.append(f"{preset} {shot}-shot does not beat the untrained network with separated intervals")

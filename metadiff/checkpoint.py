@@ -34,7 +34,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"checkpoint {path}: no such file") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {path}: truncated or damaged ({error}); delete it and start again") from None
+        raise UserError(f"checkpoint {path}: truncated or damaged ({error}); delete it, or redo the stage with --force") from None
 
 
 def _split(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:

@@ -67,9 +67,7 @@ def draw_tasks(sampler: EpisodeSampler, features: Tensor, class_means: Tensor, i
     episodes: Episodes = sampler.draw(ids)
     way, shot, query = sampler.way, sampler.shot, sampler.query
     labels = torch.arange(way, device=features.device)
-    support = Support(
-        features[episodes.support.reshape(len(ids), -1)], labels.repeat_interleave(shot).expand(len(ids), -1), way
-    )
+    support = Support(features[episodes.support.reshape(len(ids), -1)], labels.repeat_interleave(shot).expand(len(ids), -1), way)
     return TaskBlock(
         support,
         features[episodes.query.reshape(len(ids), -1)],
@@ -87,7 +85,9 @@ def start_noise(ids: np.ndarray, way: int, dim: int, seed: int) -> Tensor:
     return torch.stack([torch.randn(way, dim, generator=generator.manual_seed(s)) for s in seeds])
 
 
-def systems(denoiser: Denoiser, untrained: Denoiser, learner: Learner, schedule: Schedule, sampler: SamplerConfig, settings: EvaluateConfig) -> dict[str, System]:
+def systems(
+    denoiser: Denoiser, untrained: Denoiser, learner: Learner, schedule: Schedule, sampler: SamplerConfig, settings: EvaluateConfig
+) -> dict[str, System]:
     """The rows that stand beside every accuracy."""
     cosine = PrototypeLearner("cosine")
 
@@ -113,7 +113,9 @@ def gradient_descent(learner: Learner, support: Support, w: Tensor, learning_rat
 
 
 @torch.inference_mode()
-def evaluate(rows: Mapping[str, System], tasks: Callable[[np.ndarray], TaskBlock], num_tasks: int, label: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def evaluate(
+    rows: Mapping[str, System], tasks: Callable[[np.ndarray], TaskBlock], num_tasks: int, label: str
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Accuracy of every system on every task: ({system: (num_tasks,)}, {system: seconds}), block by block."""
     accuracy: dict[str, list[Tensor]] = {name: [] for name in rows}
     seconds = dict.fromkeys(rows, 0.0)

@@ -145,9 +145,13 @@ def fit_to_square(image: Image.Image, size: int) -> np.ndarray:
 def write_split(folder: Path, split: str, source: ImageSource, prepare: PrepareConfig) -> None:
     """Decode a split into `<split>.images.npy`, `<split>.labels.npy` and `<split>.classes.json`, sorted by class.
 
+    The last of them is written last: a split that has it is whole, and is not decoded again after a kill.
+
     Raises:
         UserError: images that cannot be read, by name, unless `skip_bad_images`.
     """
+    if (folder / f"{split}.classes.json").exists():
+        return
     size = prepare.image_size
     order = np.argsort(source.labels, kind="stable")
     images = np.lib.format.open_memmap(folder / f"{split}.images.npy", "w+", np.uint8, (len(source), size, size, 3))

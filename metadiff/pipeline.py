@@ -143,7 +143,7 @@ def plan(settings: Config, stages: Mapping[str, Stage], until: str, forced: froz
 def needed(stages: Mapping[str, Stage], until: str) -> list[str]:
     """The stages that lead to `until`, in the order of the flow."""
     wanted = {until}
-    for name in reversed(stages):
+    for name in reversed(list(stages)):
         if name in wanted:
             wanted.update(stages[name].inputs)
     return [name for name in stages if name in wanted]
@@ -159,9 +159,12 @@ def _obtain(run: Run, name: str, stage: Stage, force: bool) -> Artifact:
         return artifact.read(path)
     say(f"{name}: building {path} ({reason})")
     began = time.perf_counter()
-    with _nothing_left_of_a_failure(path):
+    if force:
+        shutil.rmtree(artifact.partial_path(path), ignore_errors=True)
+    with _nothing_left_of_bad_input(path):
         partial = artifact.workspace(path, name, settings, inputs)
-        stage.build(run, partial)
+        if not artifact.exists(partial):  # else a kill came between manifest and rename
+            stage.build(run, partial)
     done = artifact.commit(partial, path, name, settings, inputs, time.perf_counter() - began)
     say(f"{name}: done in {done.manifest['seconds']:.0f} s")
     return done
@@ -205,13 +208,13 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def _nothing_left_of_a_failure(path: Path) -> Iterator[None]:
-    """Remove what bad input or a full disk left half-made; the work of an earlier, killed attempt stays."""
+def _nothing_left_of_bad_input(path: Path) -> Iterator[None]:
+    """Remove what a stage that refuses its input has begun; the work of an earlier, killed attempt stays."""
     partial = artifact.partial_path(path)
     fresh = not partial.exists()
     try:
         yield
-    except (UserError, OSError):
+    except UserError:
         if fresh:
             shutil.rmtree(partial, ignore_errors=True)
         raise

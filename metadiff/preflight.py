@@ -27,7 +27,9 @@ def check(settings: Config, wanted: Collection[str]) -> None:
     if "pretrain" in wanted:
         feature_dim(build_backbone(settings.pretrain.backbone, 0), settings.prepare.image_size)
         if settings.pretrain.batch_size > len(labels["base"]):
-            raise UserError(f"pretrain.batch_size={settings.pretrain.batch_size}: the base split has only {len(labels['base'])} images; lower it")
+            raise UserError(
+                f"pretrain.batch_size={settings.pretrain.batch_size}: the base split has only {len(labels['base'])} images; lower it"
+            )
     if "fit_targets" in wanted:
         check_targets(settings.targets, build_learner(settings.learner))
         _check_episodes(settings, "base", labels)

@@ -89,7 +89,10 @@ def fit_targets(run: Run, folder: Path) -> None:
     transform = FeatureTransform.fit(bank.features, run.config.features)
     save_state(folder / TRANSFORM, transform.state())
     sampler = EpisodeSampler(bank.offsets, run.config.episodes.way, 1, 1, run.config.seed, "base")
-    write_targets(folder, transform(bank.features), bank.offsets, sampler, build_learner(run.config.learner), run.config.targets)
+    features, learner = transform(bank.features).to(run.device), build_learner(run.config.learner)
+    summary = write_targets(folder, features, bank.offsets, sampler, learner, run.config.targets)
+    if summary.get("unconverged"):
+        say(f"fit_targets: {summary['unconverged']} of {summary['tasks']} fits stopped above targets.tolerance; see diagnostics.npy")
 
 
 def train_denoisers(run: Run, folder: Path) -> None:
@@ -102,30 +105,46 @@ def train_denoisers(run: Run, folder: Path) -> None:
 
 
 def evaluate_systems(run: Run, folder: Path) -> None:
-    """Score every row on the same tasks, and keep curves and pictures for the report."""
-    settings, seed = run.config.evaluate, run.config.seed + EVALUATION_SEED
-    bank, transform = FeatureBank.open(run.artifacts["embed"], settings.split), _transform(run)
-    features = transform(bank.features).to(run.device)
-    means = class_means(features, bank.offsets)
-    learner, schedule = build_learner(run.config.learner), Schedule(run.config.schedule, run.device)
-    rows: list[dict[str, Any]] = []
-    curves: dict[str, Any] = {}
-    examples: dict[str, Any] = {}
+    """Score every row on the same tasks, shot by shot, and keep curves and pictures for the report."""
+    scored = {}
     for shot in run.config.episodes.shots:
-        sampler = EpisodeSampler(bank.offsets, run.config.episodes.way, shot, run.config.episodes.query, seed, settings.split)
-        tasks = partial(draw_tasks, sampler, features, means, seed=seed)
-        denoiser = load_denoiser(run.artifacts["train"].file(f"{shot}shot.safetensors"), _build_denoiser(run, schedule, 0)).to(run.device)
-        untrained = _build_denoiser(run, schedule, run.config.seed).to(run.device)
-        compared = systems(denoiser, untrained, learner, schedule, run.config.sampler, settings)
-        accuracy, seconds = evaluate(compared, tasks, settings.num_tasks, f"evaluate {run.config.denoiser.preset} {shot}-shot")
-        common = {"preset": run.config.denoiser.preset, "way": run.config.episodes.way, "shot": shot}
-        rows += result_rows(accuracy, seconds, common)
-        block = tasks(np.arange(min(settings.trace_tasks, settings.num_tasks)))
-        curves[str(shot)] = trace(denoiser, learner, schedule, run.config.sampler, block)
-        examples[str(shot)] = _examples(sampler, predictions(*compared["metadiff"](tasks(np.arange(PICTURED_TASKS))), tasks(np.arange(PICTURED_TASKS))))
-    results = {"protocol": _protocol(run), "rows": rows}
-    for name, content in (("results", results), ("trace", curves), ("examples", examples)):
-        write_atomically(folder / f"{name}.json", json.dumps(content, indent=1).encode())
+        done = folder / f"{shot}shot.json"
+        if not done.exists():
+            write_atomically(done, json.dumps(_evaluate_shot(run, shot)).encode())
+        scored[str(shot)] = json.loads(done.read_text())
+    rows = [row for part in scored.values() for row in part["rows"]]
+    _write_json(folder / "results.json", {"protocol": _protocol(run), "rows": rows})
+    for name in ("trace", "examples"):
+        _write_json(folder / f"{name}.json", {shot: part[name] for shot, part in scored.items()})
+    for shot in scored:
+        (folder / f"{shot}shot.json").unlink()
+
+
+def _evaluate_shot(run: Run, shot: int) -> dict[str, Any]:
+    settings, preset, seed = run.config.evaluate, run.config.denoiser.preset, run.config.seed + EVALUATION_SEED
+    bank = FeatureBank.open(run.artifacts["embed"], settings.split)
+    features = _transform(run)(bank.features).to(run.device)
+    sampler = EpisodeSampler(bank.offsets, run.config.episodes.way, shot, run.config.episodes.query, seed, settings.split)
+    tasks = partial(draw_tasks, sampler, features, class_means(features, bank.offsets), seed=seed)
+
+    learner, schedule = build_learner(run.config.learner), Schedule(run.config.schedule, run.device)
+    untrained = _build_denoiser(run, schedule, run.config.seed).to(run.device)
+    weights = run.artifacts["train"].file(f"{shot}shot.safetensors")
+    denoiser = load_denoiser(weights, _build_denoiser(run, schedule, 0)).to(run.device)
+    compared = systems(denoiser, untrained, learner, schedule, run.config.sampler, settings)
+
+    accuracy, seconds = evaluate(compared, tasks, settings.num_tasks, f"evaluate {preset} {shot}-shot")
+    traced = trace(denoiser, learner, schedule, run.config.sampler, tasks(np.arange(min(settings.trace_tasks, settings.num_tasks))))
+    pictured = tasks(np.arange(PICTURED_TASKS))
+    return {
+        "rows": result_rows(accuracy, seconds, {"preset": preset, "way": sampler.way, "shot": shot}),
+        "trace": traced,
+        "examples": _examples(sampler, predictions(*compared["metadiff"](pictured), pictured)),
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=1).encode())
 
 
 def _build_denoiser(run: Run, schedule: Schedule, seed: int) -> Denoiser:

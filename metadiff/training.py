@@ -48,7 +48,9 @@ class TrainConfig:
     @model_validator(mode="after")
     def _average_starts_in_time(self) -> "TrainConfig":
         if self.ema_decay is not None and self.ema_start >= self.iterations:
-            raise ValueError(f"ema_start={self.ema_start} is not below iterations={self.iterations}; start earlier, or set ema_decay to null")
+            raise ValueError(
+                f"ema_start={self.ema_start} is not below iterations={self.iterations}; start earlier, or set ema_decay to null"
+            )
         return self
 
 
@@ -56,15 +58,17 @@ def train(denoiser: Denoiser, schedule: Schedule, batches: BatchSource, settings
     """Train `denoiser` and write its sampling weights to `<path>.safetensors` and its losses to `<path>.jsonl`.
 
     Checkpoints beside them make a killed run continue to the very same weights (bit for bit on the CPU): batches, times and noises
-    depend on the iteration's number alone.
+    depend on the iteration's number alone. What is trained already is left alone.
 
     Raises:
         UserError: the loss is no longer finite.
     """
-    checkpoint, log = path.with_name(path.name + ".checkpoint.safetensors"), path.with_name(path.name + ".jsonl")
+    weights, checkpoint, log = (path.with_name(path.name + suffix) for suffix in (".safetensors", ".checkpoint.safetensors", ".jsonl"))
+    if weights.exists():
+        return None
     if not any(True for _ in denoiser.parameters()):
         # Table 3's raw gradient has nothing to learn.
-        return save_state(path.with_name(path.name + ".safetensors"), {"denoiser": {}})
+        return save_state(weights, {"denoiser": {}})
     state = _TrainingState(denoiser, settings)
     start = state.restore(checkpoint) if checkpoint.exists() else 0
     device = next(denoiser.parameters()).device
@@ -83,7 +87,7 @@ def train(denoiser: Denoiser, schedule: Schedule, batches: BatchSource, settings
             losses.zero_()
         if done % settings.checkpoint_every == 0:
             state.save(checkpoint, done)
-    save_state(path.with_name(path.name + ".safetensors"), {"denoiser": state.sampling_weights()})
+    save_state(weights, {"denoiser": state.sampling_weights()})
     checkpoint.unlink(missing_ok=True)
 
 
@@ -97,7 +101,9 @@ def load_denoiser(path: Path, denoiser: Denoiser) -> Denoiser:
         denoiser.load_state_dict(load_state(path)["denoiser"])
     except (RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"denoiser {path}: does not fit the features or the denoiser section ({reason}); train again with --force") from None
+        raise UserError(
+            f"denoiser {path}: does not fit the features or the denoiser section ({reason}); train again with --force"
+        ) from None
     return denoiser.eval()
 
 

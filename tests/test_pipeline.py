@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.tiny import TINY, write_config
 
 from metadiff.__main__ import main
-from metadiff.estimator import MetaDiffClassifier
 from metadiff.errors import UserError
+from metadiff.estimator import MetaDiffClassifier
 from metadiff.pipeline import load_config
 from metadiff.stages import STAGES
+from tests.tiny import TINY, write_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,8 +9,19 @@ from torch import Tensor
 
 from metadiff.denoiser import DenoiserConfig, build_denoiser
 from metadiff.episodes import EpisodeSampler
-from metadiff.evaluation import EvaluateConfig, TaskBlock, draw_tasks, evaluate, gradient_descent, interval, predictions
-from metadiff.evaluation import result_rows, start_noise, systems, trace
+from metadiff.evaluation import (
+    EvaluateConfig,
+    TaskBlock,
+    draw_tasks,
+    evaluate,
+    gradient_descent,
+    interval,
+    predictions,
+    result_rows,
+    start_noise,
+    systems,
+    trace,
+)
 from metadiff.learners import PrototypeLearner, Support
 from metadiff.samplers import SamplerConfig
 from metadiff.schedule import Schedule, ScheduleConfig
