@@ -66,7 +66,7 @@ def line_panel(curves: Sequence[Curve], x_label: str, y_label: str, percents: bo
         descending: x falls from left to right, as t does along the denoising.
     """
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _panel(_HEIGHT, left=52, bottom=44, right=14, top=12)
+        figure, axes = _panel(_HEIGHT, left=64, bottom=44, right=14, top=12)
         axes.grid(axis="y")
         drawn = [_draw(axes, curve, 100 if percents else 1) for curve in curves]
         finite = np.concatenate([y[np.isfinite(y)] for y in drawn])
