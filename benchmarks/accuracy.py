@@ -3,7 +3,8 @@
     python -m benchmarks.accuracy [--data FOLDER] [glyphs] [mini_imagenet_conv4] [key=value ...]
 
 For `stable` and `consistent` the paired 95 % interval of `metadiff` minus `class_mean` must lie above -1 point at every number of shots,
-and `stable` must beat `untrained` with separated intervals, unless that one passes the same mark itself. `paper` and `official` are shown beside them, and not expected to.
+and `stable` must beat `untrained` with separated intervals, unless that one passes the same mark itself. `paper` and `official` are shown
+beside them, and not expected to.
 """
 
 import argparse
@@ -92,7 +93,7 @@ def remarks(name: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _nothing_to_beat(untrained: dict[str, Any]) -> bool:
-    """With gain 1, eps_hat = g + (1 - s) u tau: a random network disturbs the raw gradient little, and that alone ends at the class means."""
+    """With gain 1, eps_hat = g + (1 - s) u tau: a random network disturbs g little, and g alone ends at the class means."""
     return _begins(untrained) > FLOOR
 
 
