@@ -27,7 +27,7 @@ _FILES = {"mini_imagenet_conv4": "mini-imagenet-trainval.zip", "omniglot": "."}
 WHY_NOT = (
     "paper and official: the text as printed and the authors' code. Their gradient has the gain 2/N or 2K where only a gain near 1 leaves\n"
     "a correction that the network can make, and their features are raw, so the support means drown the noise to be predicted:\n"
-    "docs/paper_map.md, 'Scale'."
+    "docs/paper_map.md, 'Scale'. They are trained as briefly as the others here, not for the paper's 300,000 iterations."
 )
 
 

@@ -47,8 +47,9 @@ def _run(options: argparse.Namespace) -> int:
         for line in plan(settings, STAGES, until, _forced(options, until)):
             say(line)
         return 0
-    preflight.check(settings, needed(STAGES, until))
-    run: Run = run_stages(settings, STAGES, until, _forced(options, until))
+    forced = _forced(options, until)
+    preflight.check(settings, needed(STAGES, until), forced)
+    run: Run = run_stages(settings, STAGES, until, forced)
     if options.stage == "pipeline":
         print(final_words(run))
     return 0

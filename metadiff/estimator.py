@@ -1,6 +1,6 @@
 """MetaDiff as a classifier: a few labelled images of new classes in, predictions out, from a finished run."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from metadiff.artifact import Artifact
 from metadiff.backbones import build_backbone
 from metadiff.checkpoint import load_state
 from metadiff.config import validate
+from metadiff.datasets.tree import decode_rgb
 from metadiff.denoiser import Denoiser, DenoiserConfig, build_denoiser
 from metadiff.errors import UserError
 from metadiff.evaluation import start_noise
@@ -48,8 +49,9 @@ class MetaDiffClassifier:
 
     def __init__(self, run: str | Path, variant: str = "stable", machine: MachineConfig | None = None, seed: int = 0) -> None:
         self._device, self._seed = set_up(machine or MachineConfig()), seed
-        stages = {name: artifact.read(Path(run) / name) for name in ("prepare", "pretrain")}
+        stages = {name: artifact.read(Path(run) / name) for name in ("prepare", "pretrain", "embed")}
         self._targets, self._train = (artifact.read(Path(run) / name / variant) for name in ("fit_targets", "train"))
+        _check_chain(stages | {"fit_targets": self._targets, "train": self._train})
         self._image_size: int = stages["prepare"].manifest["config"]["prepare"]["image_size"]
         backbone = build_backbone(stages["pretrain"].manifest["config"]["pretrain"]["backbone"], 0)
         self._backbone = load_backbone(stages["pretrain"].file(BACKBONE), backbone).to(self._device)
@@ -66,14 +68,15 @@ class MetaDiffClassifier:
         """
         if len(images) != len(labels):
             raise UserError(f"fit: {len(images)} images but {len(labels)} labels; give one label an image")
-        self.classes_ = sorted(set(labels), key=str)
-        if len(self.classes_) < 2:
-            raise UserError(f"fit: {len(self.classes_)} class; give images of at least two")
-        ways = torch.tensor([self.classes_.index(label) for label in labels])
-        support = Support.of(self._features(images)[None], ways[None].to(self._device), len(self.classes_))
-        denoiser = self._denoiser(len(labels) / len(self.classes_))
+        classes = sorted(set(labels), key=str)
+        if len(classes) < 2:
+            raise UserError(f"fit: {len(classes)} class; give images of at least two")
+        ways = torch.tensor([classes.index(label) for label in labels])
+        support = Support.of(self._features(images)[None], ways[None].to(self._device), len(classes))
+        denoiser = self._denoiser(len(labels) / len(classes))
         w_T = start_noise(np.array([0]), support.way, support.features.shape[-1], self._seed).to(self._device)
         self._w = sample(denoiser, self._schedule, support, w_T, SamplerConfig()) / denoiser.target_scale
+        self.classes_ = classes
         return self
 
     def predict(self, images: Sequence[ImageLike]) -> list[Any]:
@@ -118,7 +121,14 @@ def _open(image: ImageLike) -> Image.Image:
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     try:
-        with Image.open(image) as file:
-            return file.convert("RGB")
+        return decode_rgb(Path(image).read_bytes(), str(image))
     except OSError as error:
         raise UserError(f"image {image}: cannot be read ({error}); give a readable image file") from None
+
+
+def _check_chain(stages: Mapping[str, Artifact]) -> None:
+    """Weights of one backbone on features of another would be wrong without a word."""
+    for name, made in stages.items():
+        for source, content in made.manifest["inputs"].items():
+            if source in stages and stages[source].content != content:
+                raise UserError(f"artifact {made.path}: made from another {source}, which was redone since; run the stage {name} again")

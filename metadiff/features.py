@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import nn
 from tqdm import tqdm
 
+from metadiff.arrays import create_array
 from metadiff.artifact import Artifact, write_atomically
 from metadiff.config import config
 from metadiff.errors import UserError
@@ -145,12 +146,15 @@ def write_bank(
 ) -> None:
     """Embed a split into `<split>.features.npy`, `<split>.offsets.npy` and `<split>.classes.json`.
 
+    The last of them is written last: a split that has it is whole, and is not embedded again after a kill.
+
     Raises:
         UserError: the features are not finite, or too large for the bank's numbers.
     """
+    if (folder / f"{split}.classes.json").exists():
+        return
     views = 1 + (settings.augmented_views if split == "base" else 0)
     np.save(folder / f"{split}.offsets.npy", images.offsets)
-    write_atomically(folder / f"{split}.classes.json", json.dumps(list(images.classes)).encode())
     out: np.memmap | None = None
     with tqdm(total=views * len(images.images), desc=f"embed {split}", unit="image", mininterval=1.0) as progress:
         for view in range(views):
@@ -158,12 +162,13 @@ def write_bank(
             for features in embed_images(images.images, backbone, settings, augment if view else None, seed + view, device):
                 if out is None:
                     shape = (views, len(images.images), features.shape[1])
-                    out = np.lib.format.open_memmap(folder / f"{split}.features.npy", "w+", _DTYPES[settings.dtype], shape)
+                    out = create_array(folder / f"{split}.features.npy", _DTYPES[settings.dtype], shape)
                 out[view, row : row + len(features)] = _stored(features, settings.dtype, split)
                 row += len(features)
                 progress.update(len(features))
     assert out is not None
     out.flush()
+    write_atomically(folder / f"{split}.classes.json", json.dumps(list(images.classes)).encode())
 
 
 _DTYPES: Mapping[str, type] = {"fp16": np.float16, "fp32": np.float32}

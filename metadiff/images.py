@@ -13,6 +13,7 @@ from pydantic import Field
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from metadiff.arrays import create_array
 from metadiff.artifact import Artifact, write_atomically
 from metadiff.config import config
 from metadiff.datasets.source import SPLITS, ImageSource
@@ -154,7 +155,7 @@ def write_split(folder: Path, split: str, source: ImageSource, prepare: PrepareC
         return
     size = prepare.image_size
     order = np.argsort(source.labels, kind="stable")
-    images = np.lib.format.open_memmap(folder / f"{split}.images.npy", "w+", np.uint8, (len(source), size, size, 3))
+    images = create_array(folder / f"{split}.images.npy", np.uint8, (len(source), size, size, 3))
     bad: list[str] = []
     good = np.ones(len(source), bool)
     for row, index in enumerate(tqdm(order.tolist(), f"prepare {split}", unit="image", mininterval=1.0)):
@@ -179,7 +180,7 @@ def write_split(folder: Path, split: str, source: ImageSource, prepare: PrepareC
 
 
 def _keep(path: Path, images: np.memmap, good: np.ndarray) -> np.memmap:
-    kept = np.lib.format.open_memmap(path.with_suffix(".kept"), "w+", np.uint8, (int(good.sum()), *images.shape[1:]))
+    kept = create_array(path.with_suffix(".kept"), np.uint8, (int(good.sum()), *images.shape[1:]))
     for target, index in enumerate(np.flatnonzero(good)):
         kept[target] = images[index]
     path.with_suffix(".kept").replace(path)

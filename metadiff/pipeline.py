@@ -76,12 +76,14 @@ class Stage:
         sections: the configuration sections that the result depends on.
         inputs: names of the stages whose artifacts it reads.
         variant: whether the result depends on the preset, and so has a folder a variant.
+        gathers: names further artifacts that it reads, beyond one of each stage, with their contents.
     """
 
     build: Callable[["Run", Path], None]
     sections: tuple[str, ...]
     inputs: tuple[str, ...]
     variant: bool = False
+    gathers: Callable[["Config"], dict[str, str]] | None = None
 
 
 @dataclass
@@ -133,7 +135,7 @@ def plan(settings: Config, stages: Mapping[str, Stage], until: str, forced: froz
     lines, contents = [], {}
     for name in needed(stages, until):
         path = artifact_path(settings, name, stages[name])
-        reason = "forced" if name in forced else _reason_to_run(settings, name, stages[name], contents)
+        reason = "forced" if name in forced else _reason_to_run(settings, name, stages[name], _inputs(settings, stages[name], contents))
         if reason is None:
             contents[name] = artifact.read(path).content
         lines.append(f"{name}: {'would run, ' + reason if reason else 'done, would be skipped'} ({path})")
@@ -152,7 +154,7 @@ def needed(stages: Mapping[str, Stage], until: str) -> list[str]:
 def _obtain(run: Run, name: str, stage: Stage, force: bool) -> Artifact:
     path = artifact_path(run.config, name, stage)
     settings = resolved(run.config, stage)
-    inputs = {key: run.artifacts[key].content for key in stage.inputs}
+    inputs = _inputs(run.config, stage, {key: made.content for key, made in run.artifacts.items()})
     reason = "forced" if force else _reason_to_run(run.config, name, stage, inputs)
     if reason is None:
         say(f"{name}: done already, skipped ({path})")
@@ -170,8 +172,12 @@ def _obtain(run: Run, name: str, stage: Stage, force: bool) -> Artifact:
     return done
 
 
-def _reason_to_run(settings: Config, name: str, stage: Stage, contents: Mapping[str, str]) -> str | None:
-    """Why the stage has to run, or None where its artifact is there and valid; `contents` are those of the stages before it.
+def _inputs(settings: Config, stage: Stage, contents: Mapping[str, str]) -> dict[str, str]:
+    return {key: contents.get(key, "not done yet") for key in stage.inputs} | (stage.gathers(settings) if stage.gathers else {})
+
+
+def _reason_to_run(settings: Config, name: str, stage: Stage, inputs: Mapping[str, str]) -> str | None:
+    """Why the stage has to run, or None where its artifact is there and valid; `inputs` are the contents of what it reads.
 
     Raises:
         UserError: the artifact is damaged or was made by another configuration: finished work is never overwritten unasked.
@@ -181,7 +187,7 @@ def _reason_to_run(settings: Config, name: str, stage: Stage, contents: Mapping[
         return "not done yet"
     manifest = artifact.read(path).manifest
     _refuse_other_config(path, manifest["config"], resolved(settings, stage))
-    changed = [key for key in stage.inputs if manifest["inputs"][key] != contents.get(key)]
+    changed = [key for key in {**manifest["inputs"], **inputs} if manifest["inputs"].get(key) != inputs.get(key)]
     return f"{' and '.join(changed)} changed" if changed else None
 
 

@@ -17,13 +17,13 @@ from metadiff.stages import STAGES
 from metadiff.targets import check_targets
 
 
-def check(settings: Config, wanted: Collection[str]) -> None:
-    """Hold the configuration of the stages in `wanted` against the data set.
+def check(settings: Config, wanted: Collection[str], forced: Collection[str] = ()) -> None:
+    """Hold the configuration of the stages in `wanted` against the data set, or the images already prepared unless those are `forced` anew.
 
     Raises:
         UserError: the first thing that a later stage would stumble over.
     """
-    labels = _labels(settings)
+    labels = _labels(settings, "prepare" in forced)
     if "pretrain" in wanted:
         feature_dim(build_backbone(settings.pretrain.backbone, 0), settings.prepare.image_size)
         if settings.pretrain.batch_size > len(labels["base"]):
@@ -46,9 +46,9 @@ def _check_episodes(settings: Config, split: str, labels: dict[str, np.ndarray])
     EpisodeSampler(offsets, settings.episodes.way, max(settings.episodes.shots), settings.episodes.query, settings.seed, f"split {split!r}")
 
 
-def _labels(settings: Config) -> dict[str, np.ndarray]:
+def _labels(settings: Config, afresh: bool) -> dict[str, np.ndarray]:
     """The class of each image, by split: of the prepared images where they are there, else as the data set lists them."""
     path = artifact_path(settings, "prepare", STAGES["prepare"])
-    if artifact.exists(path):
+    if artifact.exists(path) and not afresh:
         return {split: images.labels for split, images in ImageSet.open_all(artifact.read(path)).items()}
     return {split: np.asarray(source.labels) for split, source in settings.data.sources(settings.seed).items()}

@@ -26,7 +26,7 @@ METRICS = "metrics.jsonl"
 
 @config
 class PretrainConfig:
-    """The Classifier-Baseline recipe; the defaults are those of its mini-ImageNet runs."""
+    """The Classifier-Baseline recipe; the defaults are those of its mini-ImageNet runs, with Nesterov's momentum."""
 
     backbone: BackboneName = "conv4"
     epochs: Annotated[int, Field(ge=1)] = 100

@@ -12,7 +12,7 @@ from metadiff.artifact import Artifact
 from metadiff.config import dump
 from metadiff.images import ImageSet
 from metadiff.metrics import read_rows
-from metadiff.pipeline import Run
+from metadiff.pipeline import Config, Run
 from metadiff.pretraining import METRICS
 from metadiff.report import EpisodePicture, RunReport, Variant, results_table, write_report
 
@@ -43,21 +43,34 @@ def final_words(run: Run) -> str:
     return f"{results_table(results)}\nreport page: {run.artifacts['report'].file('index.html')}"
 
 
-def evaluations(run: Run) -> Iterator[Artifact]:
-    """The evaluated variants of a run, the one at hand first."""
-    own = run.artifacts["evaluate"].path
-    others = sorted(path for path in own.parent.iterdir() if artifact.exists(path) and path != own)
-    return (artifact.read(path) for path in [own, *others])
+def evaluations(run: Run) -> list[Artifact]:
+    """The evaluated variants of a run, the one at hand first; of the others, those on the same features."""
+    own = run.artifacts["evaluate"]
+    others = [artifact.read(own.path.with_name(name.partition("/")[2])) for name in other_evaluations(run.config)]
+    return [own, *(other for other in others if other.manifest["inputs"]["embed"] == own.manifest["inputs"]["embed"])]
+
+
+def other_evaluations(settings: Config) -> dict[str, str]:
+    """`evaluate/<variant>` and content of every evaluated variant but the one at hand."""
+    own = settings.run.variant or settings.denoiser.preset
+    folders = sorted((settings.run.dir / settings.run.name / "evaluate").glob("*"))
+    others = [path for path in folders if artifact.exists(path) and path.name != own and path.suffix not in (".partial", ".stale")]
+    return {f"evaluate/{path.name}": artifact.read(path).content for path in others}
 
 
 def _variant(run: Run, evaluated: Artifact, images: dict[str, ImageSet]) -> Variant:
     name = evaluated.path.name
     results, trace, examples = (json.loads(evaluated.file(f"{part}.json").read_text()) for part in ("results", "trace", "examples"))
-    trained = run.folder / "train" / name
-    curves = {path.name.removesuffix("shot.jsonl"): read_rows(path) for path in sorted(trained.glob("*shot.jsonl"))}
+    trained = artifact.read(run.folder / "train" / name)
+    logs = [file for file in trained.manifest["files"] if file.endswith("shot.jsonl")] if _made_by(evaluated, trained) else []
+    curves = {log.removesuffix("shot.jsonl"): read_rows(trained.file(log)) for log in logs}
     split = images[results["protocol"]["split"]]
     pictures = [picture for shot, drawn in examples.items() for picture in _pictures(int(shot), drawn, split)]
     return Variant(name, results, trace, curves, pictures)
+
+
+def _made_by(evaluated: Artifact, trained: Artifact) -> bool:
+    return evaluated.manifest["inputs"]["train"] == trained.content
 
 
 def _pictures(shot: int, drawn: dict[str, Any], split: ImageSet) -> Iterator[EpisodePicture]:

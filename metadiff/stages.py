@@ -23,7 +23,7 @@ from metadiff.images import ImageSet, MemoryLoader, write_split
 from metadiff.learners import Support, build_learner
 from metadiff.pipeline import Run, Stage, say
 from metadiff.pretraining import BACKBONE, Classifier, load_backbone, pretrain
-from metadiff.reporting import report
+from metadiff.reporting import other_evaluations, report
 from metadiff.schedule import Schedule
 from metadiff.targets import Targets, class_means, write_targets
 from metadiff.training import load_denoiser, train
@@ -64,13 +64,15 @@ def embed(run: Run, folder: Path) -> None:
 
 
 def _validation(run: Run) -> Callable[[nn.Module], float] | None:
-    """Nearest-prototype accuracy of a backbone on validation classes, or None where there are none."""
+    """5-way 1-shot nearest-prototype accuracy of a backbone on validation classes, or None where there are none."""
     splits = ImageSet.open_all(run.artifacts["prepare"])
     if "val" not in splits:
         return None
     images = splits["val"].head(_VALIDATION_IMAGES)
-    way = min(run.config.episodes.way, len(images.classes))
-    episodes = EpisodeSampler(images.offsets, way, 1, 5, run.config.seed, "val").draw(np.arange(_VALIDATION_TASKS))
+    way, query = min(5, len(images.classes)), min(5, int(np.diff(images.offsets).min()) - 1)
+    if query < 1:
+        return None
+    episodes = EpisodeSampler(images.offsets, way, 1, query, run.config.seed, "val").draw(np.arange(_VALIDATION_TASKS))
 
     def accuracy(backbone: nn.Module) -> float:
         backbone.eval()
@@ -159,7 +161,7 @@ def _transform(run: Run) -> FeatureTransform:
 def _batches(run: Run, shot: int, start: int) -> Iterator[tuple[Tensor, Support]]:
     """Training batches from iteration `start` on: seeded rounds over all tasks, with new support images at every visit."""
     bank, targets, settings = FeatureBank.open(run.artifacts["embed"], "base"), Targets.open(run.artifacts["fit_targets"]), run.config
-    views = torch.stack([_transform(run)(view) for view in bank.views])
+    transform = _transform(run)
     sampler = EpisodeSampler(bank.offsets, settings.episodes.way, shot, settings.episodes.query, settings.seed, "base")
     schedule = TaskSchedule(targets.num_tasks, settings.seed)
     labels = torch.arange(sampler.way).repeat_interleave(shot).expand(settings.train.batch_size, -1)
@@ -167,8 +169,8 @@ def _batches(run: Run, shot: int, start: int) -> Iterator[tuple[Tensor, Support]
         episode_ids = np.arange(iteration * settings.train.batch_size, (iteration + 1) * settings.train.batch_size)
         task_ids = schedule.task_ids(episode_ids)
         images = sampler.draw(episode_ids, task_ids).support.reshape(len(task_ids), -1)
-        view = np.random.default_rng([settings.seed, iteration]).integers(len(views), size=images.shape)
-        support = Support(views[view, images], labels, sampler.way)
+        view = np.random.default_rng([settings.seed, iteration]).integers(len(bank.views), size=images.shape)
+        support = Support(transform(bank.views[view, images]), labels, sampler.way)
         yield targets.w_0(task_ids).to(run.device), support.to(run.device)
 
 
@@ -210,5 +212,5 @@ STAGES: dict[str, Stage] = {
         ("embed", "fit_targets", "train"),
         variant=True,
     ),
-    "report": Stage(report, (), ("prepare", "pretrain", "embed", "fit_targets", "train", "evaluate")),
+    "report": Stage(report, (), ("prepare", "pretrain", "embed", "fit_targets", "train", "evaluate"), gathers=other_evaluations),
 }

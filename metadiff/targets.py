@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from metadiff.arrays import create_array
 from metadiff.artifact import Artifact, write_atomically
 from metadiff.config import config
 from metadiff.episodes import EpisodeSampler
@@ -192,9 +193,10 @@ def _fit_in_blocks(
 ) -> dict[str, Any]:
     done = json.loads((folder / SUMMARY).read_text())["tasks"] if (folder / SUMMARY).is_file() else 0
     shape = (*classes.shape, features.shape[1])
-    mode = "r+" if done else "w+"
-    targets = np.lib.format.open_memmap(folder / "targets.npy", mode, _DTYPES[settings.dtype], shape)
-    diagnostics = np.lib.format.open_memmap(folder / "diagnostics.npy", mode, np.dtype(_DIAGNOSTICS), shape[:1])
+    if not done:
+        create_array(folder / "targets.npy", _DTYPES[settings.dtype], shape)
+        create_array(folder / "diagnostics.npy", _DIAGNOSTICS, shape[:1])
+    targets, diagnostics = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("targets", "diagnostics"))
     with tqdm(total=len(classes), initial=done, desc="fit targets", unit="task", mininterval=1.0) as progress:
         for start in range(done, len(classes), settings.block):
             block = slice(start, min(start + settings.block, len(classes)))

@@ -65,7 +65,7 @@ def train(denoiser: Denoiser, schedule: Schedule, batches: BatchSource, settings
     """
     weights, checkpoint, log = (path.with_name(path.name + suffix) for suffix in (".safetensors", ".checkpoint.safetensors", ".jsonl"))
     if weights.exists():
-        return None
+        return checkpoint.unlink(missing_ok=True)
     if not any(True for _ in denoiser.parameters()):
         # Table 3's raw gradient has nothing to learn.
         return save_state(weights, {"denoiser": {}})
