@@ -280,6 +280,16 @@ def test_disk_trouble(number: int, tmp_path: Path, capfd: pytest.CaptureFixture,
     assert main(["prepare", str(config)]) == 0, "once there is room, the same command goes on"
 
 
+def test_no_room_for_an_array(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("metadiff.arrays.os.posix_fallocate", full)
+    assert main(["prepare", str(write_config(tmp_path))]) == 2
+    only_error(capfd, "No space left", "run.dir")
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
 def test_folder_that_nobody_may_write_to(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     assert main(["prepare", str(write_config(tmp_path)), "run.dir=/proc/1"]) == 2

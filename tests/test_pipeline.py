@@ -110,6 +110,27 @@ def test_variants_stand_side_by_side(run: Path, capsys: pytest.CaptureFixture) -
     assert "consistent" in shown.out
 
 
+def test_force_mends_a_damaged_preparation(run: Path) -> None:
+    (run / "prepare/base.labels.npy").write_bytes(b"short")
+    assert main(command(run, "prepare")) == 2
+    assert main(command(run, "prepare", "--force")) == 0
+    assert main(command(run, "evaluate")) == 0
+
+
+def test_page_follows_what_was_evaluated_since(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(command(run, "evaluate", "denoiser.preset=consistent")) == 0
+    assert main(command(run, "pipeline")) == 0
+    assert "evaluate/consistent changed" in capsys.readouterr().err
+    assert "consistent" in (run / "report/results.csv").read_text()
+
+
+def test_rows_of_another_backbone_do_not_stand_beside_new_ones(run: Path) -> None:
+    assert main(command(run, "evaluate", "denoiser.preset=consistent")) == 0
+    assert main(command(run, "pretrain", "--force", "pretrain.learning_rate=0.2")) == 0
+    assert main(command(run, "pipeline", "pretrain.learning_rate=0.2")) == 0
+    assert "consistent" not in (run / "report/results.csv").read_text()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -184,3 +205,9 @@ def test_estimator_before_fit_and_without_a_run(finished: Path, tmp_path: Path) 
         MetaDiffClassifier(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
         MetaDiffClassifier(finished).fit([tmp_path / "a.png", tmp_path / "b.png"], ["a", "b"])
+
+
+def test_estimator_refuses_parts_that_do_not_belong_together(run: Path) -> None:
+    assert main(command(run, "pretrain", "--force", "pretrain.epochs=1")) == 0
+    with pytest.raises(UserError, match="run the stage embed again"):
+        MetaDiffClassifier(run)
