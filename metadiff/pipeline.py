@@ -73,7 +73,7 @@ class Stage:
 
     Attributes:
         build: fills a workspace folder; it finds there what an earlier, killed attempt at the same work left.
-        sections: the configuration sections that the result depends on.
+        sections: the configuration sections that the result depends on, or `section.key` for one option of a section.
         inputs: names of the stages whose artifacts it reads.
         variant: whether the result depends on the preset, and so has a folder a variant.
         gathers: names further artifacts that it reads, beyond one of each stage, with their contents.
@@ -108,7 +108,10 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 def resolved(settings: Config, stage: Stage) -> dict[str, Any]:
     """The part of the configuration that a stage's result depends on, in JSON values."""
     whole = dump(settings)
-    return {"seed": whole["seed"]} | {section: whole[section] for section in stage.sections}
+    parts: dict[str, Any] = {"seed": whole["seed"]}
+    for section, _, key in (name.partition(".") for name in stage.sections):
+        parts[section] = {key: whole[section][key]} if key else whole[section]
+    return parts
 
 
 def artifact_path(settings: Config, name: str, stage: Stage) -> Path:

@@ -204,7 +204,7 @@ STAGES: dict[str, Stage] = {
     "prepare": Stage(prepare, ("data", "prepare"), ()),
     "pretrain": Stage(pretrain_backbone, ("pretrain",), ("prepare",)),
     "embed": Stage(embed, ("embed",), ("prepare", "pretrain")),
-    "fit_targets": Stage(fit_targets, ("features", "learner", "targets", "episodes"), ("embed",), variant=True),
+    "fit_targets": Stage(fit_targets, ("features", "learner", "targets", "episodes.way"), ("embed",), variant=True),
     "train": Stage(train_denoisers, ("episodes", "learner", "schedule", "denoiser", "train"), ("embed", "fit_targets"), variant=True),
     "evaluate": Stage(
         evaluate_systems,

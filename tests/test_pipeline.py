@@ -110,6 +110,13 @@ def test_variants_stand_side_by_side(run: Path, capsys: pytest.CaptureFixture) -
     assert "consistent" in shown.out
 
 
+def test_another_number_of_shots_leaves_the_targets_valid(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(command(run, "fit_targets", "episodes.shots=[3]")) == 0
+    assert "fit_targets: done already" in capsys.readouterr().err
+    assert main(command(run, "fit_targets", "episodes.way=4")) == 2
+    assert "episodes.way=3" in capsys.readouterr().err
+
+
 def test_force_mends_a_damaged_preparation(run: Path) -> None:
     (run / "prepare/base.labels.npy").write_bytes(b"short")
     assert main(command(run, "prepare")) == 2
