@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # The flow: each place imports only from those before it. A package counts as one place.
 ORDER = (
     *("errors", "config", "machine", "arrays", "artifact", "checkpoint", "metrics", "datasets", "backbones", "images"),
-    *("pretraining", "features", "episodes", "learners", "lbfgs", "targets", "schedule", "denoiser", "diffusion", "samplers"),
+    *("pretraining", "features", "episodes", "learners", "lbfgs", "targets", "schedule", "tcunet", "denoiser", "diffusion", "samplers"),
     *("training", "evaluation", "estimator", "rivals", "report", "presets", "pipeline", "reporting", "stages", "preflight"),
     *("__main__", "__init__"),
 )

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from metadiff.config import validate
-from metadiff.denoiser import Denoiser, DenoiserConfig, TCUNet, build_denoiser, sinusoid
+from metadiff.denoiser import Denoiser, DenoiserConfig, build_denoiser
 from metadiff.diffusion import diffusion_loss, draw
 from metadiff.errors import UserError
 from metadiff.learners import Learner, LinearLearner, PrototypeLearner, Support
 from metadiff.samplers import denoise_steps
 from metadiff.schedule import Schedule, ScheduleConfig
+from metadiff.tcunet import TCUNet, sinusoid
 
 SCHEDULE = Schedule()
 BLOCKS = ("eb1", "eb2", "bb", "db1", "db2")
