@@ -25,10 +25,16 @@ def config(cls: type[T]) -> type[T]:
     return dataclass(cls, frozen=True, kw_only=True, slots=True, config=strict)  # type: ignore[return-value]
 
 
-def load(cls: type[T], path: str | Path, overrides: Iterable[str] = (), underlay: Callable[[Tree], Tree] | None = None) -> T:
+def load(
+    cls: type[T],
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    underlay: Callable[[Tree], Tree] | None = None,
+    ignored: Iterable[str] = (),
+) -> T:
     """Read the YAML file at `path`, apply `key.subkey=value` overrides, and validate it all as `cls`.
 
-    `underlay` maps what the user wrote to the defaults that lie beneath it (a preset's options).
+    `underlay` maps what the user wrote to the defaults that lie beneath it (a preset's options). Sections in `ignored` are left out.
 
     Raises:
         UserError: the file is missing or is not YAML, or a key or value is wrong; the message names the nearest key.
@@ -36,6 +42,7 @@ def load(cls: type[T], path: str | Path, overrides: Iterable[str] = (), underlay
     tree = read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
+    tree = {section: options for section, options in tree.items() if section not in ignored}
     return validate(cls, merge(underlay(tree), tree) if underlay else tree, str(path))
 
 

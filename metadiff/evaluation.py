@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from tqdm import tqdm
 
 from metadiff.config import config
 from metadiff.denoiser import Denoiser
@@ -115,23 +114,41 @@ def gradient_descent(learner: Learner, support: Support, w: Tensor, learning_rat
     return w
 
 
+@dataclass(frozen=True)
+class Scores:
+    """How every system did on some tasks.
+
+    Attributes:
+        accuracy: (tasks,) of each system.
+        seconds: what each system took for all of them.
+    """
+
+    accuracy: Mapping[str, np.ndarray]
+    seconds: Mapping[str, float]
+
+    @classmethod
+    def joined(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The scores on all tasks of the parts, in their order."""
+        names = parts[0].accuracy
+        accuracy = {name: np.concatenate([part.accuracy[name] for part in parts]) for name in names}
+        return cls(accuracy, {name: sum(part.seconds[name] for part in parts) for name in names})
+
+
+def blocks(num_tasks: int) -> list[range]:
+    """Task numbers 0 .. num_tasks - 1 in the blocks that are scored at once: the same ones whoever scores them."""
+    return [range(start, min(start + BLOCK, num_tasks)) for start in range(0, num_tasks, BLOCK)]
+
+
 @torch.inference_mode()
-def evaluate(
-    rows: Mapping[str, System], tasks: Callable[[np.ndarray], TaskBlock], num_tasks: int, label: str
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Accuracy of every system on every task: ({system: (num_tasks,)}, {system: seconds}), block by block."""
-    accuracy: dict[str, list[Tensor]] = {name: [] for name in rows}
-    seconds = dict.fromkeys(rows, 0.0)
-    with tqdm(total=num_tasks * len(rows), desc=label, unit="task", mininterval=1.0) as progress:
-        for start in range(0, num_tasks, BLOCK):
-            task = tasks(np.arange(start, min(start + BLOCK, num_tasks)))
-            for name, system in rows.items():
-                began = time.perf_counter()
-                right = predictions(*system(task), task) == task.labels
-                accuracy[name].append(right.double().mean(1).cpu())
-                seconds[name] += time.perf_counter() - began
-                progress.update(len(right))
-    return {name: torch.cat(parts).numpy() for name, parts in accuracy.items()}, seconds
+def score(rows: Mapping[str, System], task: TaskBlock) -> Scores:
+    """The scores of every system on one block of tasks."""
+    accuracy, seconds = {}, {}
+    for name, system in rows.items():
+        began = time.perf_counter()
+        right = predictions(*system(task), task) == task.labels
+        accuracy[name] = right.double().mean(1).cpu().numpy()
+        seconds[name] = time.perf_counter() - began
+    return Scores(accuracy, seconds)
 
 
 def predictions(learner: Learner, w: Tensor, task: TaskBlock) -> Tensor:
@@ -145,15 +162,15 @@ def interval(values: np.ndarray) -> float:
     return float(1.96 * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def result_rows(accuracy: Mapping[str, np.ndarray], seconds: Mapping[str, float], common: Mapping[str, Any]) -> list[dict[str, Any]]:
+def result_rows(scores: Scores, common: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a system, with paired differences to class means and to identity; all fractions."""
     rows = []
-    for name, values in accuracy.items():
+    for name, values in scores.accuracy.items():
         row: dict[str, Any] = {"system": name, **common, "tasks": len(values), "accuracy": float(values.mean()), "ci95": interval(values)}
         for baseline in ("class_mean", "identity"):
-            difference = values - accuracy[baseline]
+            difference = values - scores.accuracy[baseline]
             row |= {f"minus_{baseline}": float(difference.mean()), f"minus_{baseline}_ci95": interval(difference)}
-        rows.append(row | {"seconds": round(seconds[name], 3)})
+        rows.append(row | {"seconds": round(scores.seconds[name], 3)})
     return rows
 
 

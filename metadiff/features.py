@@ -1,8 +1,9 @@
 """The feature bank: every image's features, by class and memory-mapped, and the transform that puts them on a known scale."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -144,31 +145,56 @@ def write_bank(
     seed: int,
     device: torch.device,
 ) -> None:
-    """Embed a split into `<split>.features.npy`, `<split>.offsets.npy` and `<split>.classes.json`.
-
-    The last of them is written last: a split that has it is whole, and is not embedded again after a kill.
+    """Embed a split into `<split>.features.npy`, `<split>.offsets.npy` and `<split>.classes.json`, unless they are there already.
 
     Raises:
         UserError: the features are not finite, or too large for the bank's numbers.
     """
-    if (folder / f"{split}.classes.json").exists():
+    if is_embedded(folder, split):
         return
-    views = 1 + (settings.augmented_views if split == "base" else 0)
+    views = range(num_views(settings, split))
+    batches = (embed_images(images.images, backbone, settings, augment if view else None, seed + view, device) for view in views)
+    with tqdm(total=len(views) * len(images.labels), desc=f"embed {split}", unit="image", mininterval=1.0) as progress:
+        write_features(folder, split, images, _counted(chain.from_iterable(batches), progress), settings)
+
+
+def write_features(folder: Path, split: str, images: ImageSet, parts: Iterable[np.ndarray], settings: EmbedConfig) -> None:
+    """Write a split's bank from raw features: view after view, each (n, D) in parts of any number of rows.
+
+    `<split>.classes.json` is written last: a split that has it is whole, and is not embedded again after a kill.
+
+    Raises:
+        UserError: the features are not finite, or too large for the bank's numbers.
+    """
     np.save(folder / f"{split}.offsets.npy", images.offsets)
     out: np.memmap | None = None
-    with tqdm(total=views * len(images.images), desc=f"embed {split}", unit="image", mininterval=1.0) as progress:
-        for view in range(views):
-            row = 0
-            for features in embed_images(images.images, backbone, settings, augment if view else None, seed + view, device):
-                if out is None:
-                    shape = (views, len(images.images), features.shape[1])
-                    out = create_array(folder / f"{split}.features.npy", _DTYPES[settings.dtype], shape)
-                out[view, row : row + len(features)] = _stored(features, settings.dtype, split)
-                row += len(features)
-                progress.update(len(features))
+    row = 0
+    for features in parts:
+        if out is None:
+            shape = (num_views(settings, split), len(images.labels), features.shape[1])
+            out = create_array(folder / f"{split}.features.npy", _DTYPES[settings.dtype], shape)
+        out.reshape(-1, features.shape[1])[row : row + len(features)] = _stored(features, settings.dtype, split)
+        row += len(features)
     assert out is not None
+    assert row == out.shape[0] * out.shape[1]
     out.flush()
     write_atomically(folder / f"{split}.classes.json", json.dumps(list(images.classes)).encode())
+
+
+def is_embedded(folder: Path, split: str) -> bool:
+    """Whether the split's bank in `folder` is whole."""
+    return (folder / f"{split}.classes.json").exists()
+
+
+def num_views(settings: EmbedConfig, split: str) -> int:
+    """The clean view, and the augmented ones of base images."""
+    return 1 + (settings.augmented_views if split == "base" else 0)
+
+
+def _counted(parts: Iterable[np.ndarray], progress: tqdm) -> Iterator[np.ndarray]:
+    for features in parts:
+        yield features
+        progress.update(len(features))
 
 
 _DTYPES: Mapping[str, type] = {"fp16": np.float16, "fp32": np.float32}
@@ -185,13 +211,20 @@ def _stored(features: np.ndarray, dtype: str, split: str) -> np.ndarray:
     return stored
 
 
-@torch.inference_mode()
 def embed_images(
     images: np.ndarray, backbone: nn.Module, settings: EmbedConfig, augment: AugmentConfig | None, seed: int, device: torch.device
 ) -> Iterator[np.ndarray]:
     """(n, H, H, 3) uint8 images to batches of (B, D) float32 features, in order."""
     transform = augmentation(augment, images.shape[1]) if augment else None
-    for batch in batches_in_order(images, settings.batch_size, transform, seed):
+    return embed_batches(batches_in_order(images, settings.batch_size, transform, seed), backbone, settings, device)
+
+
+@torch.inference_mode()
+def embed_batches(
+    batches: Iterable[torch.Tensor], backbone: nn.Module, settings: EmbedConfig, device: torch.device
+) -> Iterator[np.ndarray]:
+    """Batches of (B, 3, H, W) normalised images to batches of (B, D) float32 features."""
+    for batch in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             features = backbone(batch.to(device))
         yield features.float().cpu().numpy()

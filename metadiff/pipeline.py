@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -32,6 +32,8 @@ from metadiff.schedule import ScheduleConfig
 from metadiff.targets import TargetsConfig
 from metadiff.training import TrainConfig
 
+ENGINE_SECTIONS = ("loader", "beton", "store", "ray")
+"""Sections of a configuration that say how the distributed engine works: one process does without."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -67,6 +69,9 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
+C = TypeVar("C", bound=Config)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One arrow of the flow.
@@ -100,9 +105,9 @@ class Run:
         return self.config.run.dir / self.config.run.name
 
 
-def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Iterable[str] = (), cls: type[C] = Config) -> C:
     """The configuration of a YAML file with `key=value` overrides, over the defaults of its preset."""
-    return load(Config, path, overrides, underlay)
+    return load(cls, path, overrides, underlay, ENGINE_SECTIONS if cls is Config else ())
 
 
 def resolved(settings: Config, stage: Stage) -> dict[str, Any]:
@@ -110,7 +115,7 @@ def resolved(settings: Config, stage: Stage) -> dict[str, Any]:
     whole = dump(settings)
     parts: dict[str, Any] = {"seed": whole["seed"]}
     for section, _, key in (name.partition(".") for name in stage.sections):
-        parts[section] = {key: whole[section][key]} if key else whole[section]
+        parts[section] = parts.get(section, {}) | ({key: whole[section][key]} if key else whole[section])
     return parts
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from metadiff.artifact import write_atomically
 from metadiff.backbones import build_backbone, feature_dim
-from metadiff.checkpoint import load_state, save_state
+from metadiff.checkpoint import save_state
 from metadiff.datasets.source import SPLITS
-from metadiff.denoiser import Denoiser, build_denoiser
 from metadiff.episodes import EpisodeSampler, TaskSchedule
-from metadiff.evaluation import draw_tasks, evaluate, predictions, result_rows, systems, trace
+from metadiff.evaluation import Scores
 from metadiff.features import EmbedConfig, FeatureBank, FeaturesConfig, FeatureTransform, embed_images, write_bank
 from metadiff.images import ImageSet, MemoryLoader, write_split
 from metadiff.learners import Support, build_learner
@@ -25,12 +25,9 @@ from metadiff.pipeline import Run, Stage, say
 from metadiff.pretraining import BACKBONE, Classifier, load_backbone, pretrain
 from metadiff.reporting import other_evaluations, report
 from metadiff.schedule import Schedule
-from metadiff.targets import Targets, class_means, write_targets
-from metadiff.training import load_denoiser, train
-
-TRANSFORM = "transform.safetensors"
-EVALUATION_SEED = 1_000_003
-PICTURED_TASKS = 2
+from metadiff.scoring import TRANSFORM, Scoring, new_denoiser, open_transform, protocol
+from metadiff.targets import Targets, write_targets
+from metadiff.training import train
 
 _VALIDATION_IMAGES = 100
 _VALIDATION_TASKS = 1000
@@ -101,67 +98,49 @@ def train_denoisers(run: Run, folder: Path) -> None:
     """Train one denoiser for each number of shots."""
     schedule = Schedule(run.config.schedule, run.device)
     for shot in run.config.episodes.shots:
-        denoiser = _build_denoiser(run, schedule, run.config.seed).to(run.device)
+        denoiser = new_denoiser(run, schedule, run.config.seed).to(run.device)
         label = f"train {run.config.denoiser.preset} {shot}-shot"
         train(denoiser, schedule, partial(_batches, run, shot), run.config.train, run.config.seed, folder / f"{shot}shot", label)
 
 
-def evaluate_systems(run: Run, folder: Path) -> None:
-    """Score every row on the same tasks, shot by shot, and keep curves and pictures for the report."""
+def _score_in_turn(scoring: Scoring, shot: int, label: str) -> list[Scores]:
+    with tqdm(total=scoring.num_tasks, desc=label, unit="task", mininterval=1.0) as progress:
+        parts = []
+        for block in scoring.blocks:
+            parts.append(scoring.score(block))
+            progress.update(len(block))
+    return parts
+
+
+def evaluate_systems(run: Run, folder: Path, score: Callable[[Scoring, int, str], list[Scores]] = _score_in_turn) -> None:
+    """Score every row on the same tasks, shot by shot, and keep curves and pictures for the report.
+
+    `score` maps a scoring, its number of shots and a label to the scores of its blocks, in order.
+    """
     scored = {}
     for shot in run.config.episodes.shots:
         done = folder / f"{shot}shot.json"
         if not done.exists():
-            write_atomically(done, json.dumps(_evaluate_shot(run, shot)).encode())
+            scoring = Scoring(run, shot)
+            parts = score(scoring, shot, f"evaluate {run.config.denoiser.preset} {shot}-shot")
+            write_atomically(done, json.dumps(scoring.summary(parts)).encode())
         scored[str(shot)] = json.loads(done.read_text())
     rows = [row for part in scored.values() for row in part["rows"]]
-    _write_json(folder / "results.json", {"protocol": _protocol(run), "rows": rows})
+    _write_json(folder / "results.json", {"protocol": protocol(run), "rows": rows})
     for name in ("trace", "examples"):
         _write_json(folder / f"{name}.json", {shot: part[name] for shot, part in scored.items()})
     for shot in scored:
         (folder / f"{shot}shot.json").unlink()
 
 
-def _evaluate_shot(run: Run, shot: int) -> dict[str, Any]:
-    settings, preset, seed = run.config.evaluate, run.config.denoiser.preset, run.config.seed + EVALUATION_SEED
-    bank = FeatureBank.open(run.artifacts["embed"], settings.split)
-    features = _transform(run)(bank.features).to(run.device)
-    sampler = EpisodeSampler(bank.offsets, run.config.episodes.way, shot, run.config.episodes.query, seed, settings.split)
-    tasks = partial(draw_tasks, sampler, features, class_means(features, bank.offsets), seed=seed)
-
-    learner, schedule = build_learner(run.config.learner), Schedule(run.config.schedule, run.device)
-    untrained = _build_denoiser(run, schedule, run.config.seed).to(run.device)
-    weights = run.artifacts["train"].file(f"{shot}shot.safetensors")
-    denoiser = load_denoiser(weights, _build_denoiser(run, schedule, 0)).to(run.device)
-    compared = systems(denoiser, untrained, learner, schedule, run.config.sampler, settings)
-
-    accuracy, seconds = evaluate(compared, tasks, settings.num_tasks, f"evaluate {preset} {shot}-shot")
-    traced = trace(denoiser, learner, schedule, run.config.sampler, tasks(np.arange(min(settings.trace_tasks, settings.num_tasks))))
-    pictured = tasks(np.arange(PICTURED_TASKS))
-    return {
-        "rows": result_rows(accuracy, seconds, {"preset": preset, "way": sampler.way, "shot": shot}),
-        "trace": traced,
-        "examples": _examples(sampler, predictions(*compared["metadiff"](pictured), pictured)),
-    }
-
-
 def _write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1).encode())
-
-
-def _build_denoiser(run: Run, schedule: Schedule, seed: int) -> Denoiser:
-    targets = Targets.open(run.artifacts["fit_targets"])
-    return build_denoiser(run.config.denoiser, targets.dim, build_learner(run.config.learner), schedule, targets.scale, seed)
-
-
-def _transform(run: Run) -> FeatureTransform:
-    return FeatureTransform(**load_state(run.artifacts["fit_targets"].file(TRANSFORM)))
 
 
 def _batches(run: Run, shot: int, start: int) -> Iterator[tuple[Tensor, Support]]:
     """Training batches from iteration `start` on: seeded rounds over all tasks, with new support images at every visit."""
     bank, targets, settings = FeatureBank.open(run.artifacts["embed"], "base"), Targets.open(run.artifacts["fit_targets"]), run.config
-    transform = _transform(run)
+    transform = open_transform(run)
     sampler = EpisodeSampler(bank.offsets, settings.episodes.way, shot, settings.episodes.query, settings.seed, "base")
     schedule = TaskSchedule(targets.num_tasks, settings.seed)
     labels = torch.arange(sampler.way).repeat_interleave(shot).expand(settings.train.batch_size, -1)
@@ -172,32 +151,6 @@ def _batches(run: Run, shot: int, start: int) -> Iterator[tuple[Tensor, Support]
         view = np.random.default_rng([settings.seed, iteration]).integers(len(bank.views), size=images.shape)
         support = Support(transform(bank.views[view, images]), labels, sampler.way)
         yield targets.w_0(task_ids).to(run.device), support.to(run.device)
-
-
-def _protocol(run: Run) -> dict[str, Any]:
-    settings = run.config
-    return {
-        "dataset": settings.data.kind,
-        "backbone": settings.pretrain.backbone,
-        "split": settings.evaluate.split,
-        "tuned_on": settings.evaluate.split == "val",
-        "way": settings.episodes.way,
-        "shots": list(settings.episodes.shots),
-        "query": settings.episodes.query,
-        "tasks": settings.evaluate.num_tasks,
-        "learner": settings.learner.kind,
-        "steps": settings.schedule.num_steps,
-        "seed": settings.seed,
-        "interval": "95 %, 1.96 s / sqrt(tasks); differences are paired by task",
-    }
-
-
-def _examples(sampler: EpisodeSampler, predicted: Tensor) -> dict[str, Any]:
-    """Image numbers and predictions of the first tasks, for the report's pictures."""
-    episodes = sampler.draw(np.arange(len(predicted)))
-    parts = {"classes": episodes.classes, "support": episodes.support, "query": episodes.query}
-    parts["predicted"] = predicted.cpu().numpy().reshape(episodes.query.shape)
-    return {name: array.tolist() for name, array in parts.items()}
 
 
 STAGES: dict[str, Stage] = {

@@ -27,8 +27,9 @@ from metadiff.lbfgs import minimise
 from metadiff.learners import Learner, PrototypeLearner, Support
 
 SUMMARY = "targets.json"
-_DIAGNOSTICS = [("objective", "f4"), ("gradient_norm", "f4"), ("iterations", "i4"), ("accuracy", "f4")]
-_DTYPES: Mapping[str, type] = {"fp16": np.float16, "fp32": np.float32}
+DIAGNOSTICS = [("objective", "f4"), ("gradient_norm", "f4"), ("iterations", "i4"), ("accuracy", "f4")]
+"""The fields of `diagnostics.npy`."""
+DTYPES: Mapping[str, type] = {"fp16": np.float16, "fp32": np.float32}
 _ROWS = 1024
 
 
@@ -126,10 +127,20 @@ def write_targets(
     classes = sampler.classes(np.arange(settings.num_tasks))
     np.save(folder / "classes.npy", classes)
     if settings.kind == "mean":
-        np.save(folder / "targets.npy", class_means(features, offsets).cpu().numpy().astype(_DTYPES[settings.dtype]))
-        summary = {"tasks": len(classes), "scale": 1.0}
+        np.save(folder / "targets.npy", class_means(features, offsets).cpu().numpy().astype(DTYPES[settings.dtype]))
     else:
-        summary = _fit_in_blocks(folder, features, offsets, classes, learner, settings)
+        _fit_in_blocks(folder, features, offsets, classes, learner, settings)
+    return summarise(folder, learner, settings)
+
+
+def summarise(folder: Path, learner: Learner, settings: TargetsConfig) -> dict[str, Any]:
+    """Write and return `targets.json` for the `classes.npy`, `targets.npy` and, for kind "ce", `diagnostics.npy` in `folder`."""
+    classes, targets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("classes", "targets"))
+    summary: dict[str, Any] = {"tasks": len(classes), "scale": target_scale(targets, learner, settings)}
+    if settings.kind == "ce":
+        diagnostics = np.load(folder / "diagnostics.npy", mmap_mode="r")
+        summary["unconverged"] = int((diagnostics["gradient_norm"] > settings.tolerance).sum())
+        summary |= {f"mean_{name}": float(diagnostics[name].mean(dtype=np.float64)) for name, _ in DIAGNOSTICS}
     write_atomically(folder / SUMMARY, json.dumps(summary).encode())
     return summary
 
@@ -190,28 +201,25 @@ def target_scale(w: np.ndarray, learner: Learner, settings: TargetsConfig) -> fl
 
 def _fit_in_blocks(
     folder: Path, features: Tensor, offsets: np.ndarray, classes: np.ndarray, learner: Learner, settings: TargetsConfig
-) -> dict[str, Any]:
+) -> None:
     done = json.loads((folder / SUMMARY).read_text())["tasks"] if (folder / SUMMARY).is_file() else 0
     shape = (*classes.shape, features.shape[1])
     if not done:
-        create_array(folder / "targets.npy", _DTYPES[settings.dtype], shape)
-        create_array(folder / "diagnostics.npy", _DIAGNOSTICS, shape[:1])
+        create_array(folder / "targets.npy", DTYPES[settings.dtype], shape)
+        create_array(folder / "diagnostics.npy", DIAGNOSTICS, shape[:1])
     targets, diagnostics = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("targets", "diagnostics"))
     with tqdm(total=len(classes), initial=done, desc="fit targets", unit="task", mininterval=1.0) as progress:
         for start in range(done, len(classes), settings.block):
             block = slice(start, min(start + settings.block, len(classes)))
             fitted = fit_targets(features, offsets, classes[block], learner, settings, start)
             targets[block] = fitted.w.cpu().numpy()
-            for name, _ in _DIAGNOSTICS:
+            for name, _ in DIAGNOSTICS:
                 diagnostics[name][block] = getattr(fitted, name).cpu().numpy()
             targets.flush()
             diagnostics.flush()
             # Only now: whoever resumes trusts every task below this number.
             write_atomically(folder / SUMMARY, json.dumps({"tasks": block.stop}).encode())
             progress.update(block.stop - start)
-    means = {f"mean_{name}": float(diagnostics[name].mean(dtype=np.float64)) for name, _ in _DIAGNOSTICS}
-    unconverged = int((diagnostics["gradient_norm"] > settings.tolerance).sum())
-    return {"tasks": len(classes), "scale": target_scale(targets, learner, settings), "unconverged": unconverged} | means
 
 
 def _auxiliary(features: Tensor, offsets: np.ndarray, classes: np.ndarray) -> Support:

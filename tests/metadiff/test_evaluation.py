@@ -11,13 +11,15 @@ from metadiff.denoiser import DenoiserConfig, build_denoiser
 from metadiff.episodes import EpisodeSampler
 from metadiff.evaluation import (
     EvaluateConfig,
+    Scores,
     TaskBlock,
+    blocks,
     draw_tasks,
-    evaluate,
     gradient_descent,
     interval,
     predictions,
     result_rows,
+    score,
     start_noise,
     systems,
     trace,
@@ -71,7 +73,7 @@ def test_start_noise_is_standard_normal() -> None:
 def test_interval_and_pairing() -> None:
     accuracy = {"metadiff": np.array([0.9, 0.7, 0.8, 0.6]), "class_mean": np.array([0.8, 0.6, 0.7, 0.5]), "identity": np.full(4, 0.75)}
     assert interval(accuracy["metadiff"]) == pytest.approx(1.96 * np.std([0.9, 0.7, 0.8, 0.6], ddof=1) / 2)
-    ours, means, _ = result_rows(accuracy, dict.fromkeys(accuracy, 1.0), {"preset": "stable", "way": 5, "shot": 1})
+    ours, means, _ = result_rows(Scores(accuracy, dict.fromkeys(accuracy, 1.0)), {"preset": "stable", "way": 5, "shot": 1})
     assert ours["minus_class_mean"] == pytest.approx(0.1)
     assert ours["minus_class_mean_ci95"] == pytest.approx(0, abs=1e-12), "a constant difference is certain, however the tasks scatter"
     assert means["minus_class_mean"] == means["minus_class_mean_ci95"] == 0
@@ -84,7 +86,8 @@ def test_rows_stand_where_they_must(features: Tensor) -> None:
     learner = PrototypeLearner()
     denoiser = build_denoiser(DenoiserConfig(preset="consistent"), DIM, learner, schedule)
     compared = systems(denoiser, denoiser, learner, schedule, SamplerConfig(), EvaluateConfig(gda_steps=50))
-    accuracy, seconds = evaluate(compared, lambda ids: tasks(features, ids), 300, "evaluate")
+    scores = Scores.joined([score(compared, tasks(features, np.array(block))) for block in blocks(300)])
+    accuracy, seconds = scores.accuracy, scores.seconds
     assert list(accuracy) == ["metadiff", "class_mean", "gda", "identity", "untrained", "oracle"] == list(seconds)
     assert all(values.shape == (300,) for values in accuracy.values())
     assert np.array_equal(accuracy["metadiff"], accuracy["class_mean"]), "an untrained `consistent` denoiser is the class means"
@@ -118,7 +121,7 @@ def test_trace_ends_at_the_weights_that_are_scored(features: Tensor) -> None:
     assert curves["t"][-1] == 0
     assert curves["t"] == sorted(curves["t"], reverse=True)
     compared = systems(denoiser, denoiser, learner, schedule, SamplerConfig(), EvaluateConfig())
-    scored, _ = evaluate(compared, lambda ids: tasks(features, ids), 20, "evaluate")
+    scored = score(compared, block).accuracy
     assert curves["accuracy"][-1] == pytest.approx(scored["metadiff"].mean(), abs=1e-9)
     assert curves["class_mean_accuracy"] == pytest.approx(scored["class_mean"].mean(), abs=1e-9)
     assert curves["loss"][-1] < curves["loss"][0]
