@@ -18,6 +18,7 @@ from metadiff.artifact import Artifact, write_atomically
 from metadiff.config import config
 from metadiff.datasets.source import SPLITS, ImageSource
 from metadiff.errors import UserError
+from metadiff.parallel import ALONE, Ranks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -97,18 +98,32 @@ class ImageSet:
             raise UserError(
                 f"split {split!r}: not in {artifact.path}, which has {', '.join(there)}; give the data set that split or ask for another"
             )
-        classes = json.loads(artifact.file(f"{split}.classes.json").read_text())
-        images = np.load(artifact.file(f"{split}.images.npy"), mmap_mode="r")
-        return cls(images, np.load(artifact.file(f"{split}.labels.npy")), tuple(classes))
+        return cls.read(artifact.path, split)
+
+    @classmethod
+    def read(cls, folder: Path, split: str) -> "ImageSet":
+        """The arrays that `write_split` left in `folder`."""
+        classes = json.loads((folder / f"{split}.classes.json").read_text())
+        images = np.load(folder / f"{split}.images.npy", mmap_mode="r")
+        return cls(images, np.load(folder / f"{split}.labels.npy"), tuple(classes))
 
 
 class MemoryLoader:
-    """Shuffled, augmented batches from arrays in memory; every batch depends on (seed, epoch, step) alone."""
+    """Shuffled, augmented batches from arrays in memory; every batch depends on (seed, epoch, step) alone.
 
-    def __init__(self, images: ImageSet, batch_size: int, augment: AugmentConfig, seed: int) -> None:
+    Args:
+        batch_size: images of all ranks together.
+        ranks: this process takes its share of every batch.
+
+    Raises:
+        UserError: the batch is larger than the set, or cannot be shared equally.
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, augment: AugmentConfig, seed: int, ranks: Ranks = ALONE) -> None:
         if batch_size > len(images.labels):
             raise UserError(f"pretrain.batch_size={batch_size}: the base split has only {len(images.labels)} images")
         self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.share = ranks.share(batch_size, "pretrain.batch_size")
         self.transform = augmentation(augment, images.images.shape[1])
 
     @property
@@ -118,11 +133,16 @@ class MemoryLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """The batches of one epoch."""
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images.labels))
-        for step in range(self.steps_per_epoch):
-            chosen = np.sort(order[step * self.batch_size : (step + 1) * self.batch_size])
+        for step, chosen in enumerate(epoch_order(len(self.images.labels), self.batch_size, self.seed, epoch)):
+            # All of the batch, because the transforms of its images draw from one stream, one after the other.
             pixels = _transformed(self.images.images[chosen], self.transform, [self.seed, epoch, step])
-            yield normalise(pixels), torch.from_numpy(self.images.labels[chosen])
+            yield normalise(pixels[self.share]), torch.from_numpy(self.images.labels[chosen[self.share]])
+
+
+def epoch_order(num_images: int, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """(steps, batch_size): the images of each whole batch of an epoch, ascending within a batch, as they lie on the disk."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_images)
+    return np.sort(order[: num_images // batch_size * batch_size].reshape(-1, batch_size), axis=1)
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
@@ -131,9 +151,11 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
     return ((pixels.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def batches_in_order(images: np.ndarray, batch_size: int, transform: v2.Transform | None = None, seed: int = 0) -> Iterator[torch.Tensor]:
-    """All images once, in order: (B, 3, H, W) normalised; `seed` is the random transform's."""
-    for start in range(0, len(images), batch_size):
+def batches_in_order(
+    images: np.ndarray, batch_size: int, transform: v2.Transform | None = None, seed: int = 0, first: int = 0
+) -> Iterator[torch.Tensor]:
+    """All images from `first` on once, in order: (B, 3, H, W) normalised; `seed` is the random transform's."""
+    for start in range(first, len(images), batch_size):
         pixels = images[start : start + batch_size]
         yield normalise(_transformed(pixels, transform, [seed, start]) if transform else _as_tensor(pixels))
 
