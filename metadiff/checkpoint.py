@@ -1,6 +1,9 @@
 """Checkpoints as one safetensors file: tensors by name, everything else as JSON in its header. Loading runs no code."""
 
 import json
+import re
+import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from metadiff.artifact import write_atomically
+from metadiff.artifact import sha256, write_atomically
 from metadiff.errors import UserError
+from metadiff.parallel import ALONE, Ranks
 
 _TENSOR = "__tensor__"
 
@@ -35,6 +39,99 @@ def load_state(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path}: no such file") from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: truncated or damaged ({error}); delete it, or redo the stage with --force") from None
+
+
+class Superseded(RuntimeError):
+    """A newer attempt at the same training has begun, so that this one must not write any more."""
+
+
+class Checkpoints:
+    """The newest two states of one training, and which attempt at it may write.
+
+    `<name>-<step>.safetensors` counts only with its marker `<name>-<step>.json`, which holds its size and checksum and is written last.
+    `<name>.attempt` names the attempt that began last: an older one that is still running (its starter was killed, say) stops as soon as
+    it would write. Rank 0 alone writes; what to resume from is its decision.
+    """
+
+    def __init__(self, folder: Path, name: str, ranks: Ranks = ALONE) -> None:
+        self._folder, self._name, self._ranks = folder, name, ranks
+        self._attempt = uuid.uuid4().hex
+
+    def resume(self) -> tuple[int, dict[str, Any]]:
+        """Begin this attempt: the step and the state of the newest checkpoint that holds, on every rank; (0, {}) where there is none."""
+        step = self._ranks.agree(self._begin() if self._ranks.first else 0)
+        return step, load_state(self._file(step)) if step else {}
+
+    def writable(self) -> bool:
+        """Whether the training's files are this process's to write, as only rank 0's are; to be asked right before each write.
+
+        Raises:
+            Superseded: they were, until a newer attempt began.
+        """
+        if not self._ranks.first:
+            return False
+        token = self._token()
+        try:
+            newest = token.read_text()
+        except FileNotFoundError:
+            newest = "one that has finished"
+        if newest != self._attempt:
+            raise Superseded(f"{self._folder / self._name}: attempt {self._attempt} at this training gives way to a newer one ({newest})")
+        return True
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Keep `state` after `step` > 0, and the one before it."""
+        if not self.writable():
+            return
+        file = self._file(step)
+        save_state(file, state)
+        marker = {"step": step, "bytes": file.stat().st_size, "sha256": sha256(file)}
+        write_atomically(file.with_suffix(".json"), json.dumps(marker).encode())
+        steps = self._steps()
+        # Later steps are damaged: a state that holds would have been resumed from.
+        for other in steps - {step, max((earlier for earlier in steps if earlier < step), default=step)}:
+            self._remove(other)
+
+    def clear(self) -> None:
+        """Leave nothing of them: the training is done."""
+        if self._ranks.first:
+            for step in self._steps():
+                self._remove(step)
+            self._token().unlink(missing_ok=True)
+        self._ranks.barrier()
+
+    def _begin(self) -> int:
+        write_atomically(self._token(), self._attempt.encode())
+        steps = sorted(self._steps(), reverse=True)
+        newest = next((step for step in steps if self._holds(step)), 0)
+        if steps and newest != steps[0]:
+            instead = f"goes on from step {newest}, the newest that holds" if newest else "starts afresh, for none holds"
+            print(f"checkpoint {self._file(steps[0])}: unfinished or damaged; {instead}", file=sys.stderr, flush=True)
+        return newest
+
+    def _holds(self, step: int) -> bool:
+        file = self._file(step)
+        try:
+            marker = json.loads(file.with_suffix(".json").read_text())
+            return marker == {"step": step, "bytes": file.stat().st_size, "sha256": sha256(file)}
+        except (OSError, ValueError):
+            return False
+
+    def _steps(self) -> set[int]:
+        """The steps of all checkpoints there are, whole or not."""
+        matches = (re.fullmatch(rf"{re.escape(self._name)}-(\d+)\.(safetensors|json)", path.name) for path in self._folder.iterdir())
+        return {int(match[1]) for match in matches if match}
+
+    def _remove(self, step: int) -> None:
+        # The marker first, so that what is left after a kill does not count.
+        for suffix in (".json", ".safetensors"):
+            self._file(step).with_suffix(suffix).unlink(missing_ok=True)
+
+    def _file(self, step: int) -> Path:
+        return self._folder / f"{self._name}-{step}.safetensors"
+
+    def _token(self) -> Path:
+        return self._folder / f"{self._name}.attempt"
 
 
 def _split(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:

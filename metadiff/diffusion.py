@@ -3,29 +3,35 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from metadiff.denoiser import Denoiser
 from metadiff.learners import Support
+from metadiff.parallel import ALONE, Ranks
 from metadiff.schedule import Schedule
 
 Weighting = Literal["eps", "min_snr", "x0"]
 MIN_SNR_GAMMA = 5.0
 
 
-def draw(generator: torch.Generator, w_0: Tensor, num_steps: int) -> tuple[Tensor, Tensor]:
-    """One t ~ Uniform{0 .. T-1} a task (B,), and eps ~ N(0, I) shaped like w_0, on the generator's device. Algorithm 1, lines 4 and 5."""
-    t = torch.randint(num_steps, w_0.shape[:1], generator=generator, device=generator.device)
-    eps = torch.randn(w_0.shape, generator=generator, device=generator.device, dtype=w_0.dtype)
-    return t, eps
+def draw(generator: torch.Generator, w_0: Tensor, num_steps: int, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """One t ~ Uniform{0 .. T-1} a task (B,), and eps ~ N(0, I) shaped like w_0, on the generator's device. Algorithm 1, lines 4 and 5.
+
+    Every rank draws for the batch of all ranks, of which w_0 is its share: a task has the same t and eps however many there are.
+    """
+    size = len(w_0) * ranks.world
+    t = torch.randint(num_steps, (size,), generator=generator, device=generator.device)
+    eps = torch.randn((size, *w_0.shape[1:]), generator=generator, device=generator.device, dtype=w_0.dtype)
+    share = ranks.share(size)
+    return t[share], eps[share]
 
 
 def diffusion_loss(
-    denoiser: Denoiser, schedule: Schedule, w_0: Tensor, support: Support, t: Tensor, eps: Tensor, weighting: Weighting = "eps"
+    denoiser: nn.Module, schedule: Schedule, w_0: Tensor, support: Support, t: Tensor, eps: Tensor, weighting: Weighting = "eps"
 ) -> Tensor:
     """The scalar E ||eps - eps_theta(w_t, S, t)||^2 as a mean over all elements. Eq. 12.
 
-    `w_0` and `eps` are (B, N, D), `t` is (B,); `weighting` is that of `loss_weights`.
+    `denoiser` is a `Denoiser`, perhaps wrapped for several ranks; `w_0` and `eps` are (B, N, D), `t` is (B,);
+    `weighting` is that of `loss_weights`.
     """
     eps_hat = denoiser(schedule.q_sample(w_0, t, eps), support, t)
     errors = (eps - eps_hat).square().mean((1, 2))

@@ -1,10 +1,14 @@
 """Metrics as JSON lines that a killed and resumed run continues without gaps or repetitions."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from metadiff.artifact import write_atomically
+
+Log = Callable[[int, dict[str, Any]], None]
+"""Takes the rows of a training, each with its epoch or iteration, to wherever else they are to be seen."""
 
 
 def write_row(path: Path, index: int, row: dict[str, Any]) -> None:

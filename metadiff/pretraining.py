@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +13,14 @@ from torch import nn
 from tqdm import tqdm
 
 from metadiff.backbones import BackboneName
-from metadiff.checkpoint import load_state, save_state
+from metadiff.checkpoint import Checkpoints, load_state, save_state
 from metadiff.config import config
 from metadiff.errors import UserError
 from metadiff.images import AugmentConfig, Batch, ImageLoader
-from metadiff.metrics import write_row
+from metadiff.metrics import Log, write_row
+from metadiff.parallel import ALONE, Ranks
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint"
 BACKBONE = "backbone.safetensors"
 METRICS = "metrics.jsonl"
 
@@ -57,8 +58,8 @@ class Classifier(nn.Module):
             self.head = nn.Linear(feature_dim, num_classes)
             self.rotation_head = nn.Linear(feature_dim, 4)
 
-    def loss(self, images: torch.Tensor, labels: torch.Tensor, label_smoothing: float, rotation_weight: float) -> torch.Tensor:
-        """Mean cross-entropy over the base classes, plus the weighted rotation loss."""
+    def forward(self, images: torch.Tensor, labels: torch.Tensor, label_smoothing: float, rotation_weight: float) -> torch.Tensor:
+        """The loss: mean cross-entropy over the base classes, plus the weighted rotation loss."""
         if not rotation_weight:
             return F.cross_entropy(self.head(self.backbone(images)), labels, label_smoothing=label_smoothing)
         turned = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])
@@ -75,42 +76,42 @@ def pretrain(
     folder: Path,
     device: torch.device,
     validate: Callable[[nn.Module], float] | None,
+    *,
+    ranks: Ranks = ALONE,
+    log: Log | None = None,
 ) -> None:
     """Train `classifier` and leave `backbone.safetensors` and `metrics.jsonl` in `folder`.
 
     A checkpoint after every epoch makes a killed run continue where it stood, to the same weights.
 
     Args:
-        validate: maps the backbone to its accuracy on validation classes; None where there are none.
+        loader: batches of `batch_size` images; with several ranks, a rank's own share of each.
+        validate: maps the backbone to its accuracy on validation classes; None where there are none. Called on rank 0, while others wait.
+        ranks: those that train together; all of them call this with the same arguments but for `loader`.
+        log: is given each epoch's row beside the file, on rank 0.
 
     Raises:
-        UserError: the loss is no longer finite.
+        UserError: the loss is no longer finite, or the ranks cannot share a batch equally.
+        Superseded: a newer attempt trains the same now.
     """
+    ranks.share(settings.batch_size, "pretrain.batch_size")
     classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        classifier.parameters(),
-        settings.learning_rate,
-        settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.momentum > 0,
-    )
-    scheduler = _scheduler(optimizer, settings, loader.steps_per_epoch)
-    start, best = _resume(classifier, optimizer, scheduler, folder)
-    for epoch in range(start, settings.epochs):
+    checkpoints = Checkpoints(folder, CHECKPOINT, ranks)
+    state = _PretrainingState(classifier, settings, loader.steps_per_epoch, ranks)
+    for epoch in range(state.resume(checkpoints), settings.epochs):
         began = time.perf_counter()
-        loss = _train_epoch(classifier, loader, epoch, settings, optimizer, scheduler, device)
-        row: dict[str, float] = {"epoch": epoch + 1, "loss": loss, "learning_rate": float(scheduler.get_last_lr()[0])}
-        due = (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs
-        if validate and due:
-            row["val_accuracy"] = validate(classifier.backbone)
-        if due and row.get("val_accuracy", best) >= best:
-            best = row.get("val_accuracy", best)
-            save_state(folder / BACKBONE, {"backbone": classifier.backbone.state_dict()})
-        row["seconds"] = round(time.perf_counter() - began, 2)
-        write_row(folder / METRICS, epoch, row)
-        state = {"epoch": epoch + 1, "best": best, "classifier": classifier.state_dict()}
-        save_state(folder / CHECKPOINT, state | {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()})
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+        loss = _train_epoch(state, loader, epoch, settings, device, ranks)
+        if checkpoints.writable():
+            row: dict[str, Any] = {"epoch": epoch + 1, "loss": loss, "learning_rate": float(state.scheduler.get_last_lr()[0])}
+            if (epoch + 1) % settings.validate_every == 0 or epoch + 1 == settings.epochs:
+                row |= _keep_the_best(state, validate, folder)
+            row["seconds"] = round(time.perf_counter() - began, 2)
+            write_row(folder / METRICS, epoch, row)
+            if log:
+                log(epoch + 1, row)
+        checkpoints.save(epoch + 1, state.state())
+        ranks.barrier()
+    checkpoints.clear()
 
 
 def load_backbone(path: Path, backbone: nn.Module) -> nn.Module:
@@ -129,6 +130,44 @@ def load_backbone(path: Path, backbone: nn.Module) -> nn.Module:
     return backbone.eval()
 
 
+class _PretrainingState:
+    """All that changes while pretraining: weights, optimizer, rate, and the best validation accuracy so far."""
+
+    def __init__(self, classifier: Classifier, settings: PretrainConfig, steps_per_epoch: int, ranks: Ranks) -> None:
+        # What has no part in the loss must not be waited for.
+        classifier.rotation_head.requires_grad_(settings.rotation_weight > 0)
+        self.classifier, self.network, self.best = classifier, ranks.wrap(classifier), 0.0
+        self.optimizer = torch.optim.SGD(
+            classifier.parameters(),
+            settings.learning_rate,
+            settings.momentum,
+            weight_decay=settings.weight_decay,
+            nesterov=settings.momentum > 0,
+        )
+        self.scheduler = _scheduler(self.optimizer, settings, steps_per_epoch)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"classifier": self.classifier, "optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best} | {name: part.state_dict() for name, part in self._parts().items()}
+
+    def resume(self, checkpoints: Checkpoints) -> int:
+        """Take up where a killed run stood: the epochs done."""
+        done, state = checkpoints.resume()
+        if done:
+            self.best = state["best"]
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+        return done
+
+    def step(self, loss: torch.Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+
+
 def _scheduler(optimizer: torch.optim.Optimizer, settings: PretrainConfig, steps_per_epoch: int) -> torch.optim.lr_scheduler.LRScheduler:
     if settings.decay == "cosine":
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.epochs * steps_per_epoch)
@@ -136,41 +175,31 @@ def _scheduler(optimizer: torch.optim.Optimizer, settings: PretrainConfig, steps
 
 
 def _train_epoch(
-    classifier: Classifier,
-    loader: ImageLoader,
-    epoch: int,
-    settings: PretrainConfig,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    device: torch.device,
+    state: _PretrainingState, loader: ImageLoader, epoch: int, settings: PretrainConfig, device: torch.device, ranks: Ranks
 ) -> float:
-    classifier.train()
+    """The epoch's mean loss over all ranks."""
+    state.network.train()
     total = torch.zeros((), device=device)
     batches: Iterator[Batch] = loader.epoch(epoch)
-    for images, labels in tqdm(batches, f"pretrain {epoch + 1}/{settings.epochs}", loader.steps_per_epoch, unit="batch", mininterval=1.0):
+    shown: dict[str, Any] = {"total": loader.steps_per_epoch, "unit": "batch", "mininterval": 1.0, "disable": not ranks.first}
+    for images, labels in tqdm(batches, f"pretrain {epoch + 1}/{settings.epochs}", **shown):
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            loss = classifier.loss(
+            loss = state.network(
                 images.to(device, non_blocking=True), labels.to(device), settings.label_smoothing, settings.rotation_weight
             )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
+        state.step(loss)
         total += loss.detach().float()
-    mean = float(total) / loader.steps_per_epoch
+    mean = float(ranks.mean(total)) / loader.steps_per_epoch
     if not math.isfinite(mean):
         raise UserError(f"pretrain: the loss is {mean} in epoch {epoch + 1}; lower pretrain.learning_rate, or set pretrain.precision=fp32")
     return mean
 
 
-def _resume(
-    classifier: Classifier, optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler, folder: Path
-) -> tuple[int, float]:
-    """Where a killed run stood: (epochs done, best validation accuracy)."""
-    if not (folder / CHECKPOINT).exists():
-        return 0, 0.0
-    state = load_state(folder / CHECKPOINT)
-    classifier.load_state_dict(state["classifier"])
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    return state["epoch"], state["best"]
+def _keep_the_best(state: _PretrainingState, validate: Callable[[nn.Module], float] | None, folder: Path) -> dict[str, float]:
+    """Validate, and save the backbone unless an earlier one was better."""
+    row = {"val_accuracy": validate(state.classifier.backbone)} if validate else {}
+    accuracy = row.get("val_accuracy", state.best)
+    if accuracy >= state.best:
+        state.best = accuracy
+        save_state(folder / BACKBONE, {"backbone": state.classifier.backbone.state_dict()})
+    return row

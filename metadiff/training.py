@@ -12,18 +12,22 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from metadiff.checkpoint import load_state, save_state
+from metadiff.checkpoint import Checkpoints, load_state, save_state
 from metadiff.config import config
 from metadiff.denoiser import Denoiser
 from metadiff.diffusion import Weighting, diffusion_loss, draw
 from metadiff.errors import UserError
 from metadiff.learners import Support
-from metadiff.metrics import write_row
+from metadiff.metrics import Log, write_row
+from metadiff.parallel import ALONE, Ranks
 from metadiff.schedule import Schedule
 
 LOG_EVERY = 50
 BatchSource = Callable[[int], Iterator[tuple[Tensor, Support]]]
-"""Maps an iteration to the batches from there on: scaled targets w_0 (B, N, D) and the support sets of the same B tasks."""
+"""Maps an iteration to the batches from there on: scaled targets w_0 (B, N, D) and the support sets of the same B tasks.
+
+With several ranks these are a rank's own tasks: its `Ranks.share` of the `TrainConfig.batch_size` tasks of each iteration.
+"""
 
 
 @config
@@ -54,41 +58,56 @@ class TrainConfig:
         return self
 
 
-def train(denoiser: Denoiser, schedule: Schedule, batches: BatchSource, settings: TrainConfig, seed: int, path: Path, label: str) -> None:
+def train(
+    denoiser: Denoiser,
+    schedule: Schedule,
+    batches: BatchSource,
+    settings: TrainConfig,
+    seed: int,
+    path: Path,
+    label: str,
+    *,
+    ranks: Ranks = ALONE,
+    log: Log | None = None,
+) -> None:
     """Train `denoiser` and write its sampling weights to `<path>.safetensors` and its losses to `<path>.jsonl`.
 
-    Checkpoints beside them make a killed run continue to the very same weights (bit for bit on the CPU): batches, times and noises
-    depend on the iteration's number alone. What is trained already is left alone.
+    Checkpoints beside them make a killed run continue to the very same weights (bit for bit on the CPU, with as many ranks as before):
+    batches, times and noises depend on the iteration's number alone. What is trained already is left alone.
+
+    Args:
+        ranks: those that train together; all of them call this with the same arguments but for `batches`.
+        log: is given each row of losses beside the file, on rank 0.
 
     Raises:
-        UserError: the loss is no longer finite.
+        UserError: the loss is no longer finite, or the ranks cannot share a batch equally.
+        Superseded: a newer attempt trains the same now.
     """
-    weights, checkpoint, log = (path.with_name(path.name + suffix) for suffix in (".safetensors", ".checkpoint.safetensors", ".jsonl"))
-    if weights.exists():
-        return checkpoint.unlink(missing_ok=True)
+    weights, rows = path.with_name(path.name + ".safetensors"), path.with_name(path.name + ".jsonl")
+    checkpoints = Checkpoints(path.parent, f"{path.name}.checkpoint", ranks)
+    ranks.share(settings.batch_size, "train.batch_size")
+    if ranks.agree(weights.exists()):
+        return checkpoints.clear()
     if not any(True for _ in denoiser.parameters()):
         # Table 3's raw gradient has nothing to learn.
-        return save_state(weights, {"denoiser": {}})
-    state = _TrainingState(denoiser, settings)
-    start = state.restore(checkpoint) if checkpoint.exists() else 0
-    device = next(denoiser.parameters()).device
-    losses = torch.zeros((), device=device)
-    source = batches(start)
-    for iteration in tqdm(range(start, settings.iterations), label, settings.iterations, initial=start, unit="it", mininterval=1.0):
-        w_0, support = next(source)
-        t, eps = draw(_generator(seed, iteration, device), w_0, schedule.num_steps)
-        loss = diffusion_loss(denoiser, schedule, w_0, support, t, eps, settings.loss_weighting)
-        state.step(loss, iteration)
-        losses += loss.detach()
-        done = iteration + 1
+        return save_state(weights, {"denoiser": {}}) if ranks.first else None
+    state = _TrainingState(denoiser, settings, ranks)
+    losses = torch.zeros((), device=state.device)
+    for done, loss in _steps(state, state.resume(checkpoints), schedule, batches, seed, label):
+        losses += loss
         if done % LOG_EVERY == 0 or done == settings.iterations:
             index, window = (done - 1) // LOG_EVERY, (done - 1) % LOG_EVERY + 1
-            write_row(log, index, {"iteration": done, "loss": _finite(float(losses) / window, label, done)})
+            row = {"iteration": done, "loss": _finite(float(ranks.mean(losses)) / window, label, done)}
+            if checkpoints.writable():
+                write_row(rows, index, row)
+                if log:
+                    log(done, row)
             losses.zero_()
         if done % settings.checkpoint_every == 0:
-            state.save(checkpoint, done)
-    save_state(weights, {"denoiser": state.sampling_weights()})
-    checkpoint.unlink(missing_ok=True)
+            checkpoints.save(done, state.state())
+    if checkpoints.writable():
+        save_state(weights, {"denoiser": state.sampling_weights()})
+    checkpoints.clear()
 
 
 def load_denoiser(path: Path, denoiser: Denoiser) -> Denoiser:
@@ -110,8 +129,9 @@ def load_denoiser(path: Path, denoiser: Denoiser) -> Denoiser:
 class _TrainingState:
     """All that changes while training: weights, their average, optimizer, rate."""
 
-    def __init__(self, denoiser: Denoiser, settings: TrainConfig) -> None:
-        self.settings, self.denoiser = settings, denoiser
+    def __init__(self, denoiser: Denoiser, settings: TrainConfig, ranks: Ranks = ALONE) -> None:
+        self.settings, self.ranks, self.denoiser, self.network = settings, ranks, denoiser, ranks.wrap(denoiser)
+        self.device = next(denoiser.parameters()).device
         self.optimizer = torch.optim.Adam(denoiser.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)) if settings.ema_decay else None
@@ -136,14 +156,29 @@ class _TrainingState:
         parts: dict[str, Any] = {"denoiser": self.denoiser, "optimizer": self.optimizer, "scheduler": self.scheduler}
         return parts | ({"average": self.average} if self.average else {})
 
-    def save(self, path: Path, iteration: int) -> None:
-        save_state(path, {"iteration": iteration} | {name: part.state_dict() for name, part in self._parts().items()})
+    def state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self._parts().items()}
 
-    def restore(self, path: Path) -> int:
-        state = load_state(path)
-        for name, part in self._parts().items():
+    def resume(self, checkpoints: Checkpoints) -> int:
+        """Take up where a killed run stood: the iterations done."""
+        done, state = checkpoints.resume()
+        for name, part in self._parts().items() if done else ():
             part.load_state_dict(state[name])
-        return state["iteration"]
+        return done
+
+
+def _steps(
+    state: _TrainingState, start: int, schedule: Schedule, batches: BatchSource, seed: int, label: str
+) -> Iterator[tuple[int, Tensor]]:
+    """Algorithm 1 from iteration `start` on: after each step, the iterations done and this rank's loss."""
+    settings, ranks, source = state.settings, state.ranks, batches(start)
+    shown: dict[str, Any] = {"initial": start, "unit": "it", "mininterval": 1.0, "disable": not ranks.first}
+    for iteration in tqdm(range(start, settings.iterations), label, settings.iterations, **shown):
+        w_0, support = next(source)
+        t, eps = draw(_generator(seed, iteration, state.device), w_0, schedule.num_steps, ranks)
+        loss = diffusion_loss(state.network, schedule, w_0, support, t, eps, settings.loss_weighting)
+        state.step(loss, iteration)
+        yield iteration + 1, loss.detach()
 
 
 def _generator(seed: int, iteration: int, device: torch.device) -> torch.Generator:

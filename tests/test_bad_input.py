@@ -243,13 +243,22 @@ def test_denoiser_of_other_features(run: Path, capfd: pytest.CaptureFixture) -> 
 
 
 @pytest.mark.parametrize(
-    ("stage", "module", "checkpoint"),
-    [("pretrain", "pretraining", "checkpoint.safetensors"), ("train", "training", "1shot.checkpoint.safetensors")],
+    ("stage", "module", "name", "weights"),
+    [("pretrain", "pretraining", "checkpoint-1", "backbone"), ("train", "training", "1shot.checkpoint-50", "1shot")],
 )
 def test_truncated_checkpoint(
-    stage: str, module: str, checkpoint: str, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    module: str,
+    name: str,
+    weights: str,
+    run: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = write_config(tmp_path)
+    """The one kind of damage that is mended: training starts again, says so, and ends with the weights of a run without it."""
+    (tmp_path / "killed").mkdir()
+    config = write_config(tmp_path / "killed")
 
     def killed_at_the_second_row(path: Path, index: int, row: dict[str, Any]) -> None:
         if index:
@@ -258,12 +267,13 @@ def test_truncated_checkpoint(
     monkeypatch.setattr(f"metadiff.{module}.write_row", killed_at_the_second_row)
     assert main([stage, str(config)]) == 130
     monkeypatch.undo()
-    (found,) = (tmp_path / "runs").rglob(checkpoint)
+    (found,) = (tmp_path / "killed").rglob(f"{name}.safetensors")
     found.write_bytes(found.read_bytes()[:1000])
     capfd.readouterr()
-    assert main([stage, str(config)]) == 2
-    only_error(capfd, checkpoint, "truncated", "delete it")
-    assert found.stat().st_size == 1000
+    assert main([stage, str(config)]) == 0
+    assert f"{name}.safetensors: unfinished or damaged; starts afresh" in capfd.readouterr().err
+    (made,), (expected,) = (list(folder.rglob(f"{weights}.safetensors")) for folder in (tmp_path / "killed", run))
+    assert made.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])

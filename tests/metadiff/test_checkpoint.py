@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from metadiff.checkpoint import load_state, save_state
+from metadiff.checkpoint import Checkpoints, Superseded, load_state, save_state
 from metadiff.errors import UserError
+from metadiff.parallel import Ranks
 
 
 def assert_same(first: Any, second: Any) -> None:
@@ -209,3 +210,129 @@ def test_a_kill_while_saving_leaves_the_old_checkpoint(path: Path, monkeypatch: 
             patch.setattr(os, step, die)
             save_state(path, {"epoch": 2})
         assert load_state(path) == {"epoch": 1}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    """A training's at steps 10, 20 and 30."""
+    begun = Checkpoints(tmp_path, "net")
+    assert begun.resume() == (0, {})
+    for step in (10, 20, 30):
+        begun.save(step, state_at(step))
+    return begun
+
+
+def state_at(step: int) -> dict[str, Any]:
+    return {"weights": torch.full((3,), float(step))}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def kept(*steps: int) -> list[str]:
+    return sorted(["net.attempt", *(f"net-{step}.{kind}" for step in steps for kind in ("safetensors", "json"))])
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_resumed_from(
+    checkpoints: Checkpoints, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    assert names(tmp_path) == kept(20, 30)
+    assert_same((30, state_at(30)), list(Checkpoints(tmp_path, "net").resume()))
+    assert capfd.readouterr().err == ""
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(b"\xff")
+
+
+def other_step(path: Path) -> None:
+    path.write_text(path.read_text().replace("30", "31", 1))
+
+
+DAMAGES = [
+    *[(damage, "safetensors") for damage in (cut, flip, garble, Path.unlink)],
+    *[(damage, "json") for damage in (cut, garble, other_step, Path.unlink)],
+]
+
+
+@pytest.mark.parametrize(("damage", "kind"), DAMAGES)
+def test_what_does_not_hold_is_passed_over_in_one_line(
+    checkpoints: Checkpoints, tmp_path: Path, capfd: pytest.CaptureFixture, damage: Callable[[Path], object], kind: str
+) -> None:
+    damage(tmp_path / f"net-30.{kind}")
+    again = Checkpoints(tmp_path, "net")
+    assert_same((20, state_at(20)), list(again.resume()))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "net-30.safetensors: unfinished or damaged; goes on from step 20" in line
+    again.save(30, state_at(30))
+    assert names(tmp_path) == kept(20, 30)
+    assert Checkpoints(tmp_path, "net").resume()[0] == 30
+
+
+def test_where_none_holds_the_training_starts_afresh(checkpoints: Checkpoints, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    for step in (20, 30):
+        cut(tmp_path / f"net-{step}.safetensors")
+    again = Checkpoints(tmp_path, "net")
+    assert again.resume() == (0, {})
+    assert capfd.readouterr().err.count("starts afresh") == 1
+    again.save(10, state_at(10))
+    assert names(tmp_path) == kept(10), "the damaged ones are not kept in its place"
+    assert Checkpoints(tmp_path, "net").resume()[0] == 10
+
+
+def test_a_kill_while_saving_counts_for_nothing(checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(path: Path, content: bytes) -> None:
+        path.write_bytes(content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr("metadiff.checkpoint.write_atomically", die)
+        checkpoints.save(40, state_at(40))
+    assert Checkpoints(tmp_path, "net").resume()[0] == 30
+
+
+def test_trainings_side_by_side_leave_each_other_alone(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    for name in ("other.net", "net-1", "net.2"):
+        beside = Checkpoints(tmp_path, name)
+        assert beside.resume()[0] == 0
+        beside.save(50, state_at(50))
+        beside.clear()
+    assert names(tmp_path) == kept(20, 30)
+
+
+def test_nothing_is_left_of_a_finished_training(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    flip(tmp_path / "net-30.json")
+    checkpoints.clear()
+    assert names(tmp_path) == []
+    checkpoints.clear()
+
+
+def test_an_older_attempt_writes_no_more(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    newer = Checkpoints(tmp_path, "net")
+    newer.resume()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(Superseded, match="gives way to a newer one"):
+        checkpoints.save(40, state_at(40))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    newer.save(40, state_at(40))
+    newer.clear()
+    with pytest.raises(Superseded, match="one that has finished"):
+        checkpoints.writable()
+
+
+def test_the_other_ranks_write_nothing(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    other = Checkpoints(tmp_path, "net", Ranks(1, 2))
+    assert not other.writable()
+    other.save(40, state_at(40))
+    assert names(tmp_path) == kept(20, 30)

@@ -4,6 +4,7 @@ import torch
 from metadiff.denoiser import DenoiserConfig, build_denoiser
 from metadiff.diffusion import diffusion_loss, draw, loss_weights
 from metadiff.learners import PrototypeLearner, Support
+from metadiff.parallel import Ranks
 from metadiff.schedule import Schedule
 
 SCHEDULE = Schedule()
@@ -24,6 +25,13 @@ def test_draw_is_the_generators_and_covers_every_step() -> None:
     again = draw(torch.Generator().manual_seed(0), w_0, 10)
     assert torch.equal(t, again[0])
     assert torch.equal(eps, again[1])
+
+
+def test_ranks_draw_their_shares_of_the_same_batch() -> None:
+    whole = draw(torch.Generator().manual_seed(0), torch.zeros(6, 2, 3), 10)
+    shares = [draw(torch.Generator().manual_seed(0), torch.zeros(2, 2, 3), 10, Ranks(rank, 3)) for rank in range(3)]
+    for drawn, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        assert torch.equal(drawn, torch.cat(parts))
 
 
 def test_loss_is_the_mean_over_all_elements_of_equation_12() -> None:

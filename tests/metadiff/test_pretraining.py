@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metadiff.backbones import build_backbone, feature_dim
-from metadiff.checkpoint import save_state
+from metadiff.checkpoint import Checkpoints
 from metadiff.config import validate
 from metadiff.errors import UserError
 from metadiff.images import AugmentConfig, Batch, ImageLoader, ImageSet, MemoryLoader
 from metadiff.metrics import read_rows
+from metadiff.parallel import Ranks
 from metadiff.pretraining import BACKBONE, CHECKPOINT, METRICS, Classifier, PretrainConfig, load_backbone, pretrain
 
 SIZE, CLASSES, EPOCHS = 16, 3, 3
@@ -192,19 +193,20 @@ def test_a_killed_run_continues_to_the_same_bits(
     assert run(tmp_path / "killed", again, SomeAccuracy(), **options) == whole
     assert again.epochs == list(range(resumed_at, EPOCHS))
     assert (tmp_path / "killed" / BACKBONE).read_bytes() == (tmp_path / "whole" / BACKBONE).read_bytes()
-    assert not (tmp_path / "killed" / CHECKPOINT).exists()
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [BACKBONE, METRICS]
 
 
 def test_a_kill_before_the_checkpoint_repeats_no_row(tmp_path: Path, loader: MemoryLoader, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(tmp_path / "whole", loader, SomeAccuracy())
 
-    def dying(path: Path, state: dict[str, Any]) -> None:
-        if path.name == CHECKPOINT and state["epoch"] == 2:
+    def dying(checkpoints: Checkpoints, step: int, state: dict[str, Any]) -> None:
+        if step == 2:
             raise KeyboardInterrupt
-        save_state(path, state)
+        save(checkpoints, step, state)
 
+    save = Checkpoints.save
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        patch.setattr("metadiff.pretraining.save_state", dying)
+        patch.setattr(Checkpoints, "save", dying)
         run(tmp_path / "killed", loader, SomeAccuracy())
     assert rows_of(tmp_path / "killed") == whole[:2]
     assert run(tmp_path / "killed", loader, SomeAccuracy()) == whole
@@ -219,12 +221,35 @@ def test_a_killed_run_keeps_the_best_of_before(tmp_path: Path, loader: MemoryLoa
     assert same({f"backbone.{key}": value for key, value in accuracies.shown[0].items()}, load_file(tmp_path / BACKBONE))
 
 
-def test_a_damaged_checkpoint_is_a_user_error(tmp_path: Path, loader: MemoryLoader) -> None:
+@pytest.mark.parametrize(("damaged", "resumed_at"), [((), 3), ((3,), 2), ((2, 3), 0)])
+def test_a_damaged_checkpoint_changes_nothing_but_the_time(
+    tmp_path: Path, images: ImageSet, capfd: pytest.CaptureFixture, damaged: tuple[int, ...], resumed_at: int
+) -> None:
+    batches = batches_of(MemoryLoader(images, 6, PLAIN, seed=0))[:2]
+    whole = run(tmp_path / "whole", Handwritten(batches), SomeAccuracy(), epochs=4)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, loader, Accuracies(0.9, KeyboardInterrupt))
-    (tmp_path / CHECKPOINT).write_bytes((tmp_path / CHECKPOINT).read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"checkpoint.safetensors: truncated or damaged .* delete it"):
-        run(tmp_path, loader)
+        run(tmp_path / "killed", Handwritten(batches, (3, 1)), SomeAccuracy(), epochs=4)
+    for epoch in damaged:
+        path = tmp_path / "killed" / f"{CHECKPOINT}-{epoch}.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+    again = Handwritten(batches)
+    assert run(tmp_path / "killed", again, SomeAccuracy(), epochs=4) == whole
+    assert again.epochs == list(range(resumed_at, 4))
+    assert ("unfinished or damaged" in capfd.readouterr().err) == bool(damaged)
+    assert (tmp_path / "killed" / BACKBONE).read_bytes() == (tmp_path / "whole" / BACKBONE).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [BACKBONE, METRICS]
+
+
+def test_each_row_is_logged_once_it_is_written(tmp_path: Path, loader: MemoryLoader) -> None:
+    logged: list[tuple[int, dict[str, Any]]] = []
+    pretrain(classifier(), loader, settings(), tmp_path, CPU, None, log=lambda epoch, row: logged.append((epoch, row)))
+    assert logged == list(enumerate(read_rows(tmp_path / METRICS), 1))
+
+
+def test_a_batch_that_cannot_be_shared_is_a_user_error(tmp_path: Path, loader: MemoryLoader) -> None:
+    with pytest.raises(UserError, match=r"pretrain.batch_size=6: cannot be shared equally by 4 workers; .*multiple of 4.*ray.num_workers"):
+        pretrain(classifier(), loader, settings(), tmp_path, CPU, None, ranks=Ranks(0, 4))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_loss_with_all_its_options_equals_the_formula() -> None:
@@ -235,9 +260,9 @@ def test_loss_with_all_its_options_equals_the_formula() -> None:
     true, uniform = logits.gather(2, labels.expand(4, 4)[..., None])[..., 0], logits.mean(-1)
     turn_logits = torch.stack([model.rotation_head(model.backbone(each)) for each in turned]).log_softmax(-1)
     turns = -torch.stack([turn_logits[turn, :, turn] for turn in range(4)]).mean()
-    torch.testing.assert_close(model.loss(images, labels, 0.0, 0.0), -true[0].mean())
-    torch.testing.assert_close(model.loss(images, labels, 0.1, 0.0), -(0.9 * true[0] + 0.1 * uniform[0]).mean())
-    torch.testing.assert_close(model.loss(images, labels, 0.1, 0.5), -(0.9 * true + 0.1 * uniform).mean() + 0.5 * turns)
+    torch.testing.assert_close(model(images, labels, 0.0, 0.0), -true[0].mean())
+    torch.testing.assert_close(model(images, labels, 0.1, 0.0), -(0.9 * true[0] + 0.1 * uniform[0]).mean())
+    torch.testing.assert_close(model(images, labels, 0.1, 0.5), -(0.9 * true + 0.1 * uniform).mean() + 0.5 * turns)
 
 
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"rotation_weight": 1.0}])
@@ -256,7 +281,7 @@ def test_a_loss_that_is_not_finite_is_a_user_error(tmp_path: Path, loader: Memor
 
 def test_an_infinite_loss_is_a_user_error(tmp_path: Path, loader: MemoryLoader) -> None:
     model = classifier()
-    model.loss = lambda *_: nn.Parameter(torch.tensor(math.inf))  # type: ignore[method-assign]
+    model.forward = lambda *_: nn.Parameter(torch.tensor(math.inf))  # type: ignore[method-assign]
     with pytest.raises(UserError, match="pretrain: the loss is inf in epoch 1"):
         pretrain(model, loader, settings(), tmp_path, CPU, None)
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, islice, repeat
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from torch import Tensor
 
 from metadiff import training
-from metadiff.checkpoint import load_state
+from metadiff.checkpoint import Superseded, load_state
 from metadiff.denoiser import Denoiser, DenoiserConfig, build_denoiser
 from metadiff.errors import UserError
 from metadiff.learners import PrototypeLearner, Support
 from metadiff.metrics import read_rows
+from metadiff.parallel import Ranks
 from metadiff.schedule import Schedule
 from metadiff.training import TrainConfig, load_denoiser, train
 
@@ -89,6 +91,61 @@ def test_resume_equals_uninterrupted_bit_for_bit(stopped_at: int, tmp_path: Path
     assert cut.read_bytes() == whole.read_bytes()
     assert read_rows(tmp_path / "cut" / "d.jsonl") == read_rows(tmp_path / "whole" / "d.jsonl")
     assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == ["d.jsonl", "d.safetensors"]
+
+
+@pytest.mark.parametrize(("damaged", "resumed_at"), [((150,), 100), ((150, 100), 0)])
+def test_damaged_checkpoints_change_nothing_but_the_time(damaged: tuple[int, ...], resumed_at: int, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    settings = replace(SHORT, iterations=170)
+    whole, starts = run(tmp_path / "whole", settings), []
+
+    def source(start: int) -> Iterator[tuple[Tensor, Support]]:
+        starts.append(start)
+        yield from islice(batches(start), 160 if len(starts) == 1 else None)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", settings, source)
+    for step in damaged:
+        path = tmp_path / "cut" / f"d.checkpoint-{step}.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    cut = run(tmp_path / "cut", settings, source, new_denoiser(seed=1 if resumed_at else 0))
+    assert starts == [0, resumed_at]
+    assert cut.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "cut" / "d.jsonl").read_bytes() == (tmp_path / "whole" / "d.jsonl").read_bytes()
+    assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == ["d.jsonl", "d.safetensors"]
+
+
+def test_an_attempt_that_a_newer_one_overtakes_stops_and_leaves_its_files_alone(tmp_path: Path) -> None:
+    """As when Ray's processes outlive their killed driver, and the same command is started again."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "both").mkdir()
+    whole = run(tmp_path / "whole")
+    seen = []
+
+    def overtaken(start: int) -> Iterator[tuple[Tensor, Support]]:
+        yield from islice(batches(start), 70)
+        both = run(tmp_path / "both", denoiser=new_denoiser(seed=1))
+        seen.extend((path, path.read_bytes()) for path in sorted(both.parent.iterdir()))
+        yield from batches(70)
+
+    with pytest.raises(Superseded):
+        run(tmp_path / "both", source=overtaken)
+    assert seen == [(path, path.read_bytes()) for path in sorted((tmp_path / "both").iterdir())]
+    assert (tmp_path / "both" / "d.safetensors").read_bytes() == whole.read_bytes(), "it had resumed from the older one's checkpoint"
+
+
+def test_each_row_is_logged_once_it_is_written(tmp_path: Path) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+    train(new_denoiser(), SCHEDULE, batches, SHORT, 0, tmp_path / "d", "train", log=lambda done, row: logged.append((done, row)))
+    assert logged == list(zip([50, 100, 150], read_rows(tmp_path / "d.jsonl"), strict=True))
+
+
+def test_a_batch_that_cannot_be_shared_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.batch_size=8: cannot be shared equally by 3 workers; .*multiple of 3.*ray.num_workers"):
+        train(new_denoiser(), SCHEDULE, batches, SHORT, 0, tmp_path / "d", "train", ranks=Ranks(1, 3))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_golden_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

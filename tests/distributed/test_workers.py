@@ -1,0 +1,187 @@
+"""Trainings in Ray Train's workers: as in one process, whatever dies."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch import distributed as dist
+
+from distributed.runtime import RayConfig, connect, session
+from distributed.workers import _Attempt, _rank, launch
+from metadiff.denoiser import DenoiserConfig, build_denoiser
+from metadiff.errors import UserError
+from metadiff.learners import PrototypeLearner, Support
+from metadiff.parallel import Ranks
+from metadiff.schedule import Schedule
+from metadiff.training import TrainConfig, train
+
+ROOT = Path(__file__).parents[2]
+WAY, SHOT, DIM = 3, 2, 16
+SETTINGS = TrainConfig(iterations=160, batch_size=8, ema_decay=0.9, ema_start=20, checkpoint_every=50)
+RAY = RayConfig(num_workers=2, num_actors=0)
+
+
+def batches(ranks: Ranks, start: int) -> Iterator[tuple[Tensor, Support]]:
+    share = ranks.share(SETTINGS.batch_size)
+    for iteration in count(start):
+        generator = torch.Generator().manual_seed(iteration)
+        w_0 = 0.1 * torch.randn(SETTINGS.batch_size, WAY, DIM, generator=generator)
+        features = w_0.repeat_interleave(SHOT, 1) + 0.05 * torch.randn(SETTINGS.batch_size, WAY * SHOT, DIM, generator=generator)
+        labels = torch.arange(WAY).repeat_interleave(SHOT).expand(SETTINGS.batch_size, -1)
+        yield w_0[share], Support(features, labels, WAY)[share]
+
+
+def loop(ranks: Ranks, folder: Path, pause: float = 0.0, dies_at: int | None = None, storage: Path | None = None, error: str = "") -> None:
+    """Train a denoiser; slowly, or with the last rank killed at an iteration with Ray's storage in ruins, or with an error at the end."""
+
+    def source(start: int) -> Iterator[tuple[Tensor, Support]]:
+        for iteration, batch in enumerate(batches(ranks, start), start):
+            time.sleep(pause)
+            if iteration == dies_at and ranks.rank == ranks.world - 1 and not (folder / "died").exists():
+                (folder / "died").write_text(f"{start}")
+                ruin(storage)
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    schedule = Schedule()
+    denoiser = build_denoiser(DenoiserConfig(), DIM, PrototypeLearner(), schedule)
+    train(denoiser, schedule, source, SETTINGS, 0, folder / "d", "train", ranks=ranks)
+    if error:
+        raise UserError(error)
+
+
+def ruin(storage: Path | None) -> None:
+    """Damage all that Ray keeps, and add a snapshot that is none."""
+    for run in storage.glob("*/ray/train") if storage else ():
+        shutil.rmtree(run)
+        run.mkdir()
+        (run / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_results": [')
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a training in this process leaves."""
+    folder = tmp_path_factory.mktemp("alone")
+    launch(loop, {"folder": folder}, RayConfig(num_workers=0), folder / "ray")
+    assert sorted(path.name for path in folder.iterdir()) == ["d.jsonl", "d.safetensors"]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """An instance with room for two workers."""
+    with session():
+        connect(RAY)
+        yield
+
+
+def driver(folder: Path) -> None:
+    """A command of its own, to be killed."""
+    with session():
+        launch(loop, {"folder": folder, "pause": 0.05}, RAY, folder / "ray")
+
+
+def one_rank(rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), 2, rank)
+    loop(Ranks(rank, 2), folder)
+    dist.destroy_process_group()
+
+
+def two_ranks_without_ray(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [multiprocessing.get_context("spawn").Process(target=one_rank, args=(rank, folder, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_one_worker_equals_none_to_the_bit(alone: Path, tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match="what a rank has against the input"):
+        launch(
+            loop,
+            {"folder": tmp_path, "error": "what a rank has against the input"},
+            RayConfig(num_workers=1, num_actors=0),
+            tmp_path / "ray",
+        )
+    for name in ("d.safetensors", "d.jsonl"):
+        assert (tmp_path / name).read_bytes() == (alone / name).read_bytes()
+    shown = capfd.readouterr().err
+    assert "starting 1 worker" in shown
+    assert "160/160" in shown, "the progress bar of the rank"
+    assert not (tmp_path / "ray").exists()
+
+
+def test_a_killed_driver_and_a_killed_rank_change_nothing(alone: Path, tmp_path: Path, ray_session: None) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    program = f"from pathlib import Path; from tests.distributed.test_workers import driver; driver(Path({str(cut)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (cut / "d.checkpoint-50.json").exists():
+        assert process.poll() is None, "it ended before its first checkpoint"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "d.safetensors").exists()
+    (left,) = (cut / "ray").iterdir()
+    assert _Attempt(left).wanted, "the attempt of the killed driver could not withdraw"
+
+    launch(loop, {"folder": cut, "dies_at": 120, "storage": cut / "ray"}, RAY, cut / "ray")
+    assert int((cut / "died").read_text()) >= 50, "it began at a checkpoint of the killed driver's"
+    two_ranks_without_ray(whole)
+    for name in ("d.safetensors", "d.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(path.name for path in cut.iterdir()) == ["d.jsonl", "d.safetensors", "died"]
+    one, two = load_file(alone / "d.safetensors"), load_file(cut / "d.safetensors")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+
+
+def test_ranks_of_a_superseded_attempt_end_at_once(tmp_path: Path) -> None:
+    attempt = _Attempt(tmp_path / "old")
+    _rank(pytest.fail, {"reason": "it ran"}, RAY, attempt)
+    attempt.folder.mkdir()
+    attempt.said.touch()
+    assert attempt.wanted
+    attempt.fail(UserError("no"))
+    _rank(pytest.fail, {"reason": "it ran"}, RAY, attempt)
+
+
+@pytest.mark.parametrize("error", [UserError("bad: value; mend it"), OSError(28, "No space left on device", "/x/y"), OSError(13, "no")])
+def test_errors_for_the_user_cross_from_rank_to_driver(error: UserError | OSError, tmp_path: Path) -> None:
+    attempt = _Attempt(tmp_path)
+    assert attempt.failure is None
+    attempt.fail(error)
+    told = attempt.failure
+    assert type(told) is type(error)
+    assert str(told) == str(error)
+    if isinstance(error, OSError):
+        assert isinstance(told, OSError)
+        assert (told.errno, told.filename) == (error.errno, error.filename)
+
+
+def test_without_workers_ray_is_not_even_imported(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from distributed.runtime import RayConfig; from distributed.workers import launch\n"
+        "launch(print, {}, RayConfig(num_workers=0), Path('nowhere')); assert 'ray' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Ranks(rank=0, world=1" in done.stdout
