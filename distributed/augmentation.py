@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import torch
 
-from metadiff.episodes import _random_keys as random_keys
+from metadiff.episodes import random_keys
 from metadiff.images import MEAN, STD, AugmentConfig
 
 _ATTEMPTS = 10

@@ -32,7 +32,7 @@ class Program:
         load: reads a configuration file with overrides.
         check: refuses, before anything is written, what would fail later; takes the configuration, the stages needed, those forced.
         default_config: the file to take where the command line names none; None makes it name one.
-        session: what the stages run inside of.
+        session: what checks and stages run inside of.
     """
 
     name: str
@@ -47,7 +47,8 @@ class Program:
 def run(program: Program, arguments: Sequence[str] | None = None, stage: str | None = None) -> int:
     """Run the command line, for `stage` alone or the one that its first word names; returns the exit code."""
     try:
-        return _run(program, _parser(program, stage).parse_intermixed_args(arguments), stage)
+        options = _parser(program, stage).parse_intermixed_args(arguments)
+        return _run(program, options, stage or options.stage)
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
@@ -59,8 +60,7 @@ def run(program: Program, arguments: Sequence[str] | None = None, stage: str | N
         return 130
 
 
-def _run(program: Program, options: argparse.Namespace, stage: str | None) -> int:
-    stage = stage or options.stage
+def _run(program: Program, options: argparse.Namespace, stage: str) -> int:
     until = list(program.stages)[-1] if stage == "pipeline" else stage
     forced = frozenset(program.stages if stage == "pipeline" else [until]) if options.force else frozenset[str]()
     settings = program.load(*_config_and_overrides(program, options.words))
@@ -69,8 +69,8 @@ def _run(program: Program, options: argparse.Namespace, stage: str | None) -> in
         for line in plan(settings, program.stages, until, forced):
             say(line)
         return 0
-    program.check(settings, needed(program.stages, until), forced)
     with program.session():
+        program.check(settings, needed(program.stages, until), forced)
         done = run_stages(settings, program.stages, until, forced)
     if stage == "pipeline":
         print(final_words(done))

@@ -71,7 +71,7 @@ class EpisodeSampler:
 
     def classes(self, task_ids: np.ndarray) -> np.ndarray:
         """(B,) task ids to (B, N) distinct classes, in order."""
-        keys = _random_keys(self.seed, "class", task_ids, self.way)
+        keys = random_keys(self.seed, "class", task_ids, self.way)
         return _deal(keys, np.full(len(keys), len(self.sizes)))
 
     def draw(self, episode_ids: np.ndarray, task_ids: np.ndarray | None = None) -> Episodes:
@@ -83,7 +83,7 @@ class EpisodeSampler:
         """
         classes = self.classes(episode_ids if task_ids is None else task_ids)
         need = self.shot + self.query
-        keys = _random_keys(self.seed, "image", episode_ids, self.way * need).reshape(-1, need)
+        keys = random_keys(self.seed, "image", episode_ids, self.way * need).reshape(-1, need)
         places = _deal(keys, self.sizes[classes].ravel()).reshape(*classes.shape, need)
         images = places + self.offsets[classes][..., None]
         return Episodes(classes, images[..., : self.shot], images[..., self.shot :])
@@ -108,7 +108,7 @@ class TaskSchedule:
 
 @lru_cache(maxsize=2)
 def _permutation(num_tasks: int, seed: int, visit: int) -> np.ndarray:
-    return np.argsort(_random_keys(seed, "visit", np.array([visit]), num_tasks)[0], kind="stable")
+    return np.argsort(random_keys(seed, "visit", np.array([visit]), num_tasks)[0], kind="stable")
 
 
 def _deal(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -132,7 +132,7 @@ def _deal_chunk(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return deck[:, :need]
 
 
-def _random_keys(seed: int, purpose: str, numbers: np.ndarray, count: int) -> np.ndarray:
+def random_keys(seed: int, purpose: str, numbers: np.ndarray, count: int) -> np.ndarray:
     """(B, count) 64-bit keys, hashed from (seed, purpose, number, position)."""
     stream = _mix(np.uint64(seed) + np.uint64(int.from_bytes(purpose.encode(), "little")))
     rows = _mix(numbers.astype(np.uint64) ^ stream)

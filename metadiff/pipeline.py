@@ -93,16 +93,22 @@ class Stage:
 
 @dataclass
 class Run:
-    """A configuration being carried out: its device and the artifacts there are so far."""
+    """A configuration being carried out: its device, the artifacts there are so far, and the stages to redo even if they are done."""
 
     config: Config
     device: torch.device
     artifacts: dict[str, Artifact] = field(default_factory=dict)
+    forced: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
         return self.config.run.dir / self.config.run.name
+
+    @property
+    def variant(self) -> str:
+        """The folder, in a stage's, of what depends on the preset."""
+        return self.config.run.variant or self.config.denoiser.preset
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = (), cls: type[C] = Config) -> C:
@@ -131,23 +137,35 @@ def run_stages(settings: Config, stages: Mapping[str, Stage], until: str, forced
     Args:
         forced: stages to redo even if they are done, or were done with another configuration.
     """
-    run = Run(settings, set_up(settings.machine))
+    run = Run(settings, set_up(settings.machine), forced=forced)
     with _only_one_command(run.folder):
         for name in needed(stages, until):
-            run.artifacts[name] = _obtain(run, name, stages[name], name in forced)
+            run.artifacts[name] = _obtain(run, name, stages[name])
     return run
 
 
 def plan(settings: Config, stages: Mapping[str, Stage], until: str, forced: frozenset[str] = frozenset()) -> list[str]:
     """One line for each stage: whether it would run or be skipped, and why. Nothing is written."""
-    lines, contents = [], {}
+    reasons = _reasons(settings, stages, until, forced)
+    paths = {name: artifact_path(settings, name, stages[name]) for name in reasons}
+    return [f"{name}: {f'would run, {why}' if why else 'done, would be skipped'} ({paths[name]})" for name, why in reasons.items()]
+
+
+def pending(settings: Config, stages: Mapping[str, Stage], until: str, forced: frozenset[str] = frozenset()) -> list[str]:
+    """The stages that would run."""
+    return [name for name, why in _reasons(settings, stages, until, forced).items() if why]
+
+
+def _reasons(settings: Config, stages: Mapping[str, Stage], until: str, forced: frozenset[str]) -> dict[str, str | None]:
+    """Why each stage has to run, or None."""
+    reasons: dict[str, str | None] = {}
+    contents: dict[str, str] = {}
     for name in needed(stages, until):
-        path = artifact_path(settings, name, stages[name])
-        reason = "forced" if name in forced else _reason_to_run(settings, name, stages[name], _inputs(settings, stages[name], contents))
-        if reason is None:
-            contents[name] = artifact.read(path).content
-        lines.append(f"{name}: {'would run, ' + reason if reason else 'done, would be skipped'} ({path})")
-    return lines
+        inputs = _inputs(settings, stages[name], contents)
+        reasons[name] = "forced" if name in forced else _reason_to_run(settings, name, stages[name], inputs)
+        if reasons[name] is None:
+            contents[name] = artifact.read(artifact_path(settings, name, stages[name])).content
+    return reasons
 
 
 def needed(stages: Mapping[str, Stage], until: str) -> list[str]:
@@ -159,10 +177,11 @@ def needed(stages: Mapping[str, Stage], until: str) -> list[str]:
     return [name for name in stages if name in wanted]
 
 
-def _obtain(run: Run, name: str, stage: Stage, force: bool) -> Artifact:
+def _obtain(run: Run, name: str, stage: Stage) -> Artifact:
     path = artifact_path(run.config, name, stage)
     settings = resolved(run.config, stage)
     inputs = _inputs(run.config, stage, {key: made.content for key, made in run.artifacts.items()})
+    force = name in run.forced
     reason = "forced" if force else _reason_to_run(run.config, name, stage, inputs)
     if reason is None:
         say(f"{name}: done already, skipped ({path})")

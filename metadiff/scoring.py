@@ -1,6 +1,7 @@
 """One number of shots of a run being scored: its tasks and its systems, opened from the run's artifacts."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Scoring:
         self._run, self._shot = run, shot
         settings, protocol, seed = run.config.evaluate, run.config.episodes, run.config.seed + _SEED
         bank = FeatureBank.open(run.artifacts["embed"], settings.split)
-        features = open_transform(run)(bank.features).to(run.device)
+        features = open_transform(run.artifacts["fit_targets"].file(TRANSFORM))(bank.features).to(run.device)
         self._sampler = EpisodeSampler(bank.offsets, protocol.way, shot, protocol.query, seed, settings.split)
         self._tasks = partial(draw_tasks, self._sampler, features, class_means(features, bank.offsets), seed=seed)
 
@@ -97,6 +98,6 @@ def new_denoiser(run: Run, schedule: Schedule, seed: int) -> Denoiser:
     return build_denoiser(run.config.denoiser, targets.dim, build_learner(run.config.learner), schedule, targets.scale, seed)
 
 
-def open_transform(run: Run) -> FeatureTransform:
+def open_transform(path: Path) -> FeatureTransform:
     """The features' transform that was fixed with the targets."""
-    return FeatureTransform(**load_state(run.artifacts["fit_targets"].file(TRANSFORM)))
+    return FeatureTransform(**load_state(path))

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from metadiff.datasets.source import SPLITS
 from metadiff.episodes import EpisodeSampler, TaskSchedule
 from metadiff.evaluation import Scores
 from metadiff.features import EmbedConfig, FeatureBank, FeaturesConfig, FeatureTransform, embed_images, write_bank
-from metadiff.images import ImageSet, MemoryLoader, write_split
+from metadiff.images import ImageLoader, ImageSet, MemoryLoader, write_split
 from metadiff.learners import Support, build_learner
+from metadiff.metrics import Log
+from metadiff.parallel import ALONE, Ranks
 from metadiff.pipeline import Run, Stage, say
 from metadiff.pretraining import BACKBONE, Classifier, load_backbone, pretrain
 from metadiff.reporting import other_evaluations, report
@@ -43,21 +45,28 @@ def prepare(run: Run, folder: Path) -> None:
             say(f"prepare: the data set has no {split!r} split; what needs it will say so")
 
 
-def pretrain_backbone(run: Run, folder: Path) -> None:
-    """Train the backbone as a classifier of the base classes."""
+def pretrain_backbone(
+    run: Run, folder: Path, load: Callable[[ImageSet], ImageLoader] | None = None, ranks: Ranks = ALONE, log: Log | None = None
+) -> None:
+    """Train the backbone as a classifier of the base classes; `load` makes the loader of its images, if not `MemoryLoader`."""
     settings, seed = run.config.pretrain, run.config.seed
     base = ImageSet.open(run.artifacts["prepare"], "base")
     backbone = build_backbone(settings.backbone, seed)
     classifier = Classifier(backbone, feature_dim(backbone, base.images.shape[1]), len(base.classes), seed)
-    loader = MemoryLoader(base, settings.batch_size, settings.augment, seed)
-    pretrain(classifier, loader, settings, folder, run.device, _validation(run))
+    loader = load(base) if load else MemoryLoader(base, settings.batch_size, settings.augment, seed, ranks)
+    pretrain(classifier, loader, settings, folder, run.device, _validation(run), ranks=ranks, log=log)
 
 
 def embed(run: Run, folder: Path) -> None:
     """Run the frozen backbone over all images."""
-    backbone = load_backbone(run.artifacts["pretrain"].file(BACKBONE), build_backbone(run.config.pretrain.backbone, 0)).to(run.device)
+    backbone = open_backbone(run)
     for split, images in ImageSet.open_all(run.artifacts["prepare"]).items():
         write_bank(folder, split, images, backbone, run.config.embed, run.config.pretrain.augment, run.config.seed, run.device)
+
+
+def open_backbone(run: Run) -> nn.Module:
+    """The pretrained backbone, frozen, on the run's device."""
+    return load_backbone(run.artifacts["pretrain"].file(BACKBONE), build_backbone(run.config.pretrain.backbone, 0)).to(run.device)
 
 
 def _validation(run: Run) -> Callable[[nn.Module], float] | None:
@@ -85,22 +94,37 @@ def _validation(run: Run) -> Callable[[nn.Module], float] | None:
 def fit_targets(run: Run, folder: Path) -> None:
     """Fix the features' scale on the base classes, and fit the target w_0 of every task."""
     bank = FeatureBank.open(run.artifacts["embed"], "base")
-    transform = FeatureTransform.fit(bank.features, run.config.features)
+    transform = fix_transform(run, folder)
+    features, sampler = transform(bank.features).to(run.device), task_sampler(run, bank)
+    say_unconverged(write_targets(folder, features, bank.offsets, sampler, build_learner(run.config.learner), run.config.targets))
+
+
+def fix_transform(run: Run, folder: Path) -> FeatureTransform:
+    """Fit the features' transform to the base classes and record it in `folder`."""
+    transform = FeatureTransform.fit(FeatureBank.open(run.artifacts["embed"], "base").features, run.config.features)
     save_state(folder / TRANSFORM, transform.state())
-    sampler = EpisodeSampler(bank.offsets, run.config.episodes.way, 1, 1, run.config.seed, "base")
-    features, learner = transform(bank.features).to(run.device), build_learner(run.config.learner)
-    summary = write_targets(folder, features, bank.offsets, sampler, learner, run.config.targets)
+    return transform
+
+
+def task_sampler(run: Run, bank: FeatureBank) -> EpisodeSampler:
+    """What draws the classes of the tasks that targets are fitted for."""
+    return EpisodeSampler(bank.offsets, run.config.episodes.way, 1, 1, run.config.seed, "base")
+
+
+def say_unconverged(summary: Mapping[str, Any]) -> None:
+    """Tell the user of fits that were given up."""
     if summary.get("unconverged"):
         say(f"fit_targets: {summary['unconverged']} of {summary['tasks']} fits stopped above targets.tolerance; see diagnostics.npy")
 
 
-def train_denoisers(run: Run, folder: Path) -> None:
-    """Train one denoiser for each number of shots."""
+def train_denoisers(run: Run, folder: Path, ranks: Ranks = ALONE, log: Callable[[int], Log] | None = None) -> None:
+    """Train one denoiser for each number of shots; `log` gives each its place for rows beside the file."""
     schedule = Schedule(run.config.schedule, run.device)
     for shot in run.config.episodes.shots:
         denoiser = new_denoiser(run, schedule, run.config.seed).to(run.device)
-        label = f"train {run.config.denoiser.preset} {shot}-shot"
-        train(denoiser, schedule, partial(_batches, run, shot), run.config.train, run.config.seed, folder / f"{shot}shot", label)
+        batches, label = partial(_batches, run, shot, ranks), f"train {run.config.denoiser.preset} {shot}-shot"
+        path, rows = folder / f"{shot}shot", log(shot) if log else None
+        train(denoiser, schedule, batches, run.config.train, run.config.seed, path, label, ranks=ranks, log=rows)
 
 
 def _score_in_turn(scoring: Scoring, shot: int, label: str) -> list[Scores]:
@@ -137,19 +161,19 @@ def _write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1).encode())
 
 
-def _batches(run: Run, shot: int, start: int) -> Iterator[tuple[Tensor, Support]]:
-    """Training batches from iteration `start` on: seeded rounds over all tasks, with new support images at every visit."""
+def _batches(run: Run, shot: int, ranks: Ranks, start: int) -> Iterator[tuple[Tensor, Support]]:
+    """A rank's training batches from iteration `start` on: seeded rounds over all tasks, with new support images at every visit."""
     bank, targets, settings = FeatureBank.open(run.artifacts["embed"], "base"), Targets.open(run.artifacts["fit_targets"]), run.config
-    transform = open_transform(run)
+    transform, size = open_transform(run.artifacts["fit_targets"].file(TRANSFORM)), settings.train.batch_size
     sampler = EpisodeSampler(bank.offsets, settings.episodes.way, shot, settings.episodes.query, settings.seed, "base")
-    schedule = TaskSchedule(targets.num_tasks, settings.seed)
-    labels = torch.arange(sampler.way).repeat_interleave(shot).expand(settings.train.batch_size, -1)
+    schedule, share = TaskSchedule(targets.num_tasks, settings.seed), ranks.share(size)
+    labels = torch.arange(sampler.way).repeat_interleave(shot).expand(share.stop - share.start, -1)
     for iteration in itertools.count(start):
-        episode_ids = np.arange(iteration * settings.train.batch_size, (iteration + 1) * settings.train.batch_size)
+        episode_ids = np.arange(iteration * size, (iteration + 1) * size)[share]
         task_ids = schedule.task_ids(episode_ids)
         images = sampler.draw(episode_ids, task_ids).support.reshape(len(task_ids), -1)
-        view = np.random.default_rng([settings.seed, iteration]).integers(len(bank.views), size=images.shape)
-        support = Support(transform(bank.views[view, images]), labels, sampler.way)
+        views = np.random.default_rng([settings.seed, iteration]).integers(len(bank.views), size=(size, images.shape[1]))[share]
+        support = Support(transform(bank.views[views, images]), labels, sampler.way)
         yield targets.w_0(task_ids).to(run.device), support.to(run.device)
 
 

@@ -18,11 +18,13 @@ find_python() {
     stop "no Python >= 3.11 on PATH ($(python3 --version 2>/dev/null || echo "no python3 at all")); install python3.11 or newer and try again"
 }
 
-# Only ensurepip is probed, not the package: a Python that did not come from Debian brings its own.
+# Of Python's own packages only the content is probed: a Python that did not come from Debian brings its own.
 missing_packages() {
     for package in "${system_packages[@]}"; do
         case $package in
             python*-venv) "$python" -c "import ensurepip, venv" 2>/dev/null || echo "$package" ;;
+            python*-dev) "$python" -c "import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path('include') + '/Python.h'))" ||
+                echo "$package" ;;
             *) [[ $(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || echo "$package" ;;
         esac
     done
@@ -43,7 +45,8 @@ install_packages() {
 
 python=$(find_python)
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-system_packages=("python$version-venv")
+# FFCV is compiled, against OpenCV and TurboJPEG.
+system_packages=("python$version-venv" "python$version-dev" g++ pkg-config libturbojpeg0-dev libopencv-dev)
 
 missing=$(missing_packages)
 [[ -z $missing ]] || install_packages $missing
@@ -51,5 +54,5 @@ missing=$(missing_packages)
 # An environment that never got its stamp was cut short: start it afresh.
 [[ -e .venv/.installed ]] || "$python" -m venv --clear .venv
 rm -f .venv/.installed
-.venv/bin/python -m pip install --no-user --constraint constraints.txt --editable ".[dev]"
+.venv/bin/python -m pip install --no-user --constraint constraints.txt --editable ".[ray,ffcv,s3,dev]"
 touch .venv/.installed

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[1]
 
 # The flow: each place imports only from those before it. A package counts as one place.
 ORDER = (
-    *("errors", "config", "machine", "arrays", "artifact", "checkpoint", "metrics", "datasets", "backbones", "images"),
-    *("pretraining", "features", "episodes", "learners", "lbfgs", "targets", "schedule", "tcunet", "denoiser", "diffusion", "samplers"),
-    *("training", "evaluation", "estimator", "rivals", "report", "presets", "pipeline", "reporting", "stages", "preflight"),
-    *("__main__", "__init__"),
+    *("errors", "config", "machine", "arrays", "artifact", "parallel", "checkpoint", "metrics", "datasets", "backbones", "images"),
+    *("pretraining", "features", "episodes", "episode_images", "learners", "lbfgs", "targets", "schedule", "tcunet", "denoiser"),
+    *("diffusion", "samplers", "training", "evaluation", "estimator", "rivals", "report", "presets", "pipeline", "reporting"),
+    *("scoring", "stages", "preflight", "command", "__main__", "__init__"),
 )
 OUTSIDE = {"ray", "ffcv", "distributed", "benchmarks", "tests"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}

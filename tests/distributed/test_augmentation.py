@@ -96,7 +96,9 @@ def test_crops_are_distributed_as_torchvision_s() -> None:
     for measure in (lambda box: box[:, 2] * box[:, 3], lambda box: box[:, 2] / box[:, 3], lambda box: box[:, 0] - box[:, 1]):
         assert likely_the_same(measure(ours), measure(theirs))
     assert (ours[:, :2] >= 0).all()
-    assert (ours[:, :2] + ours[:, 2:] <= 84).all()
+    for place, side in (ours[:, [0, 2]].T, ours[:, [1, 3]].T):
+        assert (place + side <= 84).all()
+        assert ((place + side == 84) & (side < 84)).any()
 
 
 def test_shifts_reach_an_eighth_evenly() -> None:
