@@ -6,7 +6,7 @@ READY := .venv/.installed
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check accuracy bench clean
+.PHONY: help install demo test check accuracy chaos bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	@bash scripts/bootstrap.sh
 
 demo: $(READY) ## run every stage on the built-in glyphs, from images to the report page
-	$(PYTHON) -m metadiff pipeline configs/glyphs.yaml
+	$(PYTHON) -m distributed.pipeline configs/glyphs.yaml
 
 test: $(READY) ## run the tests
 	$(PYTHON) -m pytest
@@ -30,8 +30,12 @@ check: $(READY) ## lint, formatting and types
 accuracy: $(READY) ## the accuracy gate, on glyphs and on mini-ImageNet (its zip in $$METADIFF_DATA); an hour and more
 	$(PYTHON) -m benchmarks.accuracy
 
-bench: $(READY) ## measure how long the demo takes
+chaos: $(READY) ## interrupt and kill the pipeline in every stage; a quarter of an hour
+	$(PYTHON) -m pytest -m chaos
+
+bench: $(READY) ## measure how long the demo takes, and FFCV beside the DataLoader
 	$(PYTHON) -m benchmarks.demo_time
+	$(PYTHON) -m benchmarks.loaders
 
 clean: ## remove the environment and all caches; results stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info

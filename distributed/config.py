@@ -1,0 +1,40 @@
+"""The engine's configuration: that of the method, and how the work is spread."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from distributed.beton import BetonConfig
+from distributed.loaders import LoaderConfig
+from distributed.runtime import RayConfig
+from distributed.store import StoreConfig
+from metadiff.config import config
+from metadiff.machine import MachineConfig, set_up
+from metadiff.pipeline import Config, Run, load_config
+
+
+@config
+class EngineConfig(Config):
+    """One benchmark on the engine."""
+
+    loader: LoaderConfig = LoaderConfig()
+    beton: BetonConfig = BetonConfig()
+    store: StoreConfig = StoreConfig()
+    ray: RayConfig = RayConfig()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> EngineConfig:
+    """The configuration of a YAML file with `key=value` overrides, over the defaults of its preset."""
+    return load_config(path, overrides, EngineConfig)
+
+
+def here(run: Run) -> Run:
+    """The run as an actor carries it out: on the device that Ray gave it."""
+    return replace(run, device=set_up(MachineConfig(device=run.config.machine.device)))
+
+
+def loader_of_one(settings: EngineConfig, num_processes: int) -> LoaderConfig:
+    """The loader's settings for one of Ray's processes, whose share of the cores is smaller than the machine."""
+    if not num_processes or settings.loader.num_workers:
+        return settings.loader
+    return replace(settings.loader, num_workers=settings.ray.cpus_per_worker)

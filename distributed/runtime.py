@@ -1,0 +1,248 @@
+"""Ray: its settings, one connection or private instance for a command, and work dealt out to its actors."""
+
+import atexit
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from pydantic import AfterValidator, Field
+
+from distributed.actors import Crew, Worker
+from distributed.guardian import environment, guarded_folder
+from distributed.scheduling import Dispatcher
+from metadiff.config import config
+from metadiff.errors import UserError
+from metadiff.pipeline import say
+
+B = TypeVar("B", bound=Hashable)
+
+_PROBE_SECONDS = 5
+_HTTP2_SETTINGS = b"\x04"
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0" + _HTTP2_SETTINGS + b"\0\0\0\0\0"
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+# No statistics, no changed working directory, no prefixed prints, and no reports of dead workers (the actors' driver has its own).
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+}
+# Ray would run its workers at nice 15, behind everything else on the machine. Given a token, it does not write one into the home; it
+# is one for the whole process, because Ray keeps what it has read.
+_PRIVATE_ENVIRONMENT = {"RAY_worker_niceness": "0", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+# "No clusters here": all ports listen on loopback alone. Ray reads it when it is imported.
+_LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+# Whom the probe took for Ray and is not would keep Ray trying for a quarter of an hour.
+_CLUSTER_ENVIRONMENT = {"RAY_gcs_server_port_wait_time_s": "1", "RAY_py_gcs_connect_timeout_s": "10"}
+
+_opened = ExitStack()
+atexit.register(_opened.close)
+
+
+def _an_address(address: str | None) -> str | None:
+    host, _, port = (address or "").rpartition(":")
+    if address in (None, "auto") or (host and "/" not in host and port.isdigit() and int(port) < 2**16):
+        return address
+    raise ValueError("expected nothing (an instance of its own), auto (the cluster this machine is a node of) or HOST:PORT")
+
+
+def _a_share(gpus: float) -> float:
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError("above 1 a worker takes whole GPUs")
+    return gpus
+
+
+@config
+class RayConfig:
+    """Where the stages' processes run and what each of them gets; nothing here changes a result beyond rounding."""
+
+    address: Annotated[str | None, AfterValidator(_an_address)] = None
+    """A cluster's HOST:PORT or `auto`; without it, a private instance on this machine for as long as the command lasts."""
+    num_workers: Annotated[int, Field(ge=0)] = 1
+    """Data-parallel processes of a training; 0: this process, without Ray."""
+    num_actors: Annotated[int, Field(ge=0)] = 1
+    """Actors of the other stages; 0: this process, without Ray."""
+    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0), AfterValidator(_a_share)] = 0.0
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """How often a training is started again after it lost a worker."""
+
+
+def check_resources(settings: RayConfig, device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
+    """Refuse, before anything is started, what this machine cannot give.
+
+    Args:
+        device: `machine.device`.
+
+    Raises:
+        UserError: more CPUs or GPUs than there are, or GPUs that the configuration asks for and leaves unused.
+    """
+    wanted = {"ray.num_workers": settings.num_workers, "ray.num_actors": settings.num_actors}
+    if not any(wanted.values()):
+        return
+    if settings.gpus_per_worker and device == "cpu":
+        raise UserError(
+            f"ray.gpus_per_worker={settings.gpus_per_worker:g} with machine.device='cpu': set the one to 0 or the other to auto"
+        )
+    if not settings.gpus_per_worker and device == "cuda":
+        raise UserError("machine.device='cuda' with ray.gpus_per_worker=0: Ray gives such workers no GPU; set ray.gpus_per_worker")
+    if settings.address is None:
+        for knob, count in wanted.items():
+            _refuse_more(knob, count, "cpus", settings.cpus_per_worker, len(os.sched_getaffinity(0)))
+            _refuse_more(knob, count, "gpus", settings.gpus_per_worker, torch.cuda.device_count())
+
+
+def _refuse_more(knob: str, count: int, kind: str, each: float, available: int) -> None:
+    if count * each > available:
+        raise UserError(
+            f"{knob}={count}: with ray.{kind}_per_worker={each:g} it asks for {count * each:g} {kind[:-1].upper()}s, this machine has "
+            f"{available}; lower {knob} or ray.{kind}_per_worker, or give the ray.address of a cluster"
+        )
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Whatever `connect` opened within is closed at the end, however that comes about; SIGTERM unwinds like Ctrl-C."""
+    before = signal.getsignal(signal.SIGTERM)
+    _unwind_at_sigterm()
+    try:
+        yield
+    finally:
+        _opened.close()
+        signal.signal(signal.SIGTERM, before)
+
+
+def connect(settings: RayConfig) -> None:
+    """Connect to Ray unless that is done: to the cluster at `settings.address`, or to a private instance on loopback.
+
+    The instance's processes die with this one, even by SIGKILL. To be called in the main thread.
+
+    Raises:
+        UserError: nothing answers at the address, or it cannot be used from here; or this machine cannot give what is asked for.
+    """
+    assert threading.current_thread() is threading.main_thread(), "the kernel ties Ray's processes to the thread that started them"
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        return
+    check_resources(settings)
+    _opened.enter_context(environment(**_ENVIRONMENT))
+    try:
+        if settings.address is None:
+            _start_instance(settings)
+        else:
+            _join_cluster(settings, settings.address)
+    except BaseException:
+        _opened.close()
+        raise
+    _unwind_at_sigterm()
+
+
+def _start_instance(settings: RayConfig) -> None:
+    _opened.enter_context(environment(**_PRIVATE_ENVIRONMENT, **({} if "ray" in sys.modules else _LOOPBACK)))
+    if "RAY_AUTH_MODE" not in os.environ:
+        _opened.callback(os.environ.pop, "RAY_AUTH_MODE", None)  # where Ray leaves its own choice: the token
+    import ray
+
+    if torch.cuda.is_available() and not settings.gpus_per_worker:
+        say("ray: this machine's GPU stays unused, because ray.gpus_per_worker=0")
+    folder = _opened.enter_context(guarded_folder())
+    workers = max(settings.num_workers, settings.num_actors)
+    _opened.callback(_shut_down)
+    ray.init(
+        address="local",
+        num_cpus=workers * settings.cpus_per_worker,
+        num_gpus=torch.cuda.device_count(),
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _temp_dir=str(folder),
+    )
+
+
+def _join_cluster(settings: RayConfig, address: str) -> None:
+    where, address = f"ray.address={address!r}", (os.environ.get("RAY_ADDRESS") if address == "auto" else None) or address
+    if address != settings.address:
+        where += f" (RAY_ADDRESS={address})"
+    if address != "auto":
+        _probe(where, address)
+    _opened.enter_context(environment(**_CLUSTER_ENVIRONMENT))
+    import ray
+
+    _opened.callback(_shut_down)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{where}: cannot connect ({reason}); run the command on a node of a running cluster, with its RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN if it has one"
+        ) from error
+    has = ray.cluster_resources()
+    for kind, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
+        needed = max(settings.num_workers, settings.num_actors) * each
+        if needed > has.get(kind, 0):
+            say(f"ray: the cluster at {address} has {has.get(kind, 0):g} {kind}s now, the configuration asks for {needed:g}")
+
+
+def _probe(where: str, address: str) -> None:
+    """Find out within seconds, and without Ray's own retries and log lines, whether a gRPC server listens there."""
+    advice = "start the cluster or correct the address, or leave ray.address out to use this machine alone"
+    try:
+        host, _, port = str(_an_address(address)).rpartition(":")
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS) as server:
+            server.sendall(_HTTP2_GREETING)
+            answer = server.recv(9)
+    except OSError as error:
+        raise UserError(f"{where}: nothing answers there ({error.strerror or error}); {advice}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    if answer[3:4] != _HTTP2_SETTINGS:
+        raise UserError(f"{where}: what answers there is not Ray; {advice}")
+
+
+def _shut_down() -> None:
+    import ray
+
+    ray.shutdown(wait_for_processes=True)
+
+
+def _unwind_at_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def work_through(
+    worker_class: type[Worker], arguments: Sequence[Any], blocks: Sequence[B], settings: RayConfig, attempts: int = 3
+) -> Iterator[tuple[B, Any]]:
+    """Run `worker_class(*arguments).run(block)` for every block, by actors, and yield each block with its result as it comes.
+
+    Exactly one result a block comes out, but a block may run more than once: what it leaves must not depend on that.
+
+    Args:
+        arguments: picklable, and best small (paths): every actor gets a copy.
+        attempts: how often a block may raise an error.
+
+    Raises:
+        UserError, OSError: what a worker raised, as it was; of an OSError, disk space and permissions.
+        WorkFailed: a block raised another error in every attempt, or killed its worker every time; raised when all other
+            blocks are done, or at once if none has been.
+    """
+    if settings.num_actors == 0:
+        worker = worker_class(*arguments)
+        yield from ((block, worker.run(block)) for block in blocks)
+    elif blocks:
+        connect(settings)
+        crew = Crew(worker_class, arguments, Dispatcher(blocks, attempts), settings.cpus_per_worker, settings.gpus_per_worker)
+        try:
+            yield from crew.results(min(settings.num_actors, len(blocks)))
+        finally:
+            crew.dismiss()
