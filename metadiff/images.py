@@ -1,7 +1,7 @@
 """Prepared images: uint8 arrays of one size, memory-mapped, and the in-memory loader that feeds them to training."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, Protocol
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from pydantic import Field
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from metadiff.arrays import create_array
@@ -22,6 +21,7 @@ from metadiff.parallel import ALONE, Ranks
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Batch = tuple[torch.Tensor, torch.Tensor]
+Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 @config
@@ -152,7 +152,7 @@ def normalise(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def batches_in_order(
-    images: np.ndarray, batch_size: int, transform: v2.Transform | None = None, seed: int = 0, first: int = 0
+    images: np.ndarray, batch_size: int, transform: Transform | None = None, seed: int = 0, first: int = 0
 ) -> Iterator[torch.Tensor]:
     """All images from `first` on once, in order: (B, 3, H, W) normalised; `seed` is the random transform's."""
     for start in range(first, len(images), batch_size):
@@ -230,7 +230,7 @@ def _as_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
 
 
-def _transformed(images: np.ndarray, transform: v2.Transform, entropy: list[int]) -> torch.Tensor:
+def _transformed(images: np.ndarray, transform: Transform, entropy: list[int]) -> torch.Tensor:
     """(B, H, H, 3) uint8 images to (B, 3, H, H), each transformed by random numbers that depend on `entropy` alone."""
     with torch.random.fork_rng(devices=[]):
         # torchvision draws from the global generator; the fork keeps that inside this batch.
@@ -238,9 +238,11 @@ def _transformed(images: np.ndarray, transform: v2.Transform, entropy: list[int]
         return torch.stack([transform(image) for image in _as_tensor(images)])
 
 
-def augmentation(augment: AugmentConfig, size: int) -> v2.Transform:
+def augmentation(augment: AugmentConfig, size: int) -> Transform:
     """The random transform of one (3, H, W) uint8 image."""
-    steps: Mapping[str, list[v2.Transform]] = {
+    from torchvision.transforms import v2  # here, because its import takes seconds, in every process
+
+    steps: Mapping[str, list[Transform]] = {
         "none": [],
         "shift": [v2.RandomCrop(size, padding=size // 8, padding_mode="edge")],
         "resized": [v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True)],

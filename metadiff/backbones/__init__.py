@@ -4,7 +4,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torchvision.models import resnet18
 
 from metadiff.backbones.conv4 import Conv4
 from metadiff.backbones.resnet12 import ResNet12
@@ -46,6 +45,8 @@ def feature_dim(backbone: nn.Module, image_size: int) -> int:
 
 def _resnet18() -> nn.Module:
     """torchvision's ResNet18 with the small-image stem (3 x 3, stride 1, no pooling): (B, 512)."""
+    from torchvision.models import resnet18  # here, because its import takes seconds, in every process
+
     network = resnet18(weights=None)
     network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()  # type: ignore[assignment]

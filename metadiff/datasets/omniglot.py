@@ -11,8 +11,6 @@ from typing import Annotated, Literal
 import torch
 from PIL import Image
 from pydantic import Field
-from torchvision.datasets import Omniglot as Published
-from torchvision.datasets.utils import download_url
 
 from metadiff.config import config
 from metadiff.datasets.folders import images_by_class
@@ -132,6 +130,9 @@ def _find(root: Path, part: str) -> FileTree | None:
 
 
 def _fetch(root: Path, part: str) -> None:
+    from torchvision.datasets import Omniglot as Published  # here, because its import takes seconds, in every process
+    from torchvision.datasets.utils import download_url
+
     url = f"{Published.download_url_prefix}/{part}.zip"
     try:
         root.mkdir(parents=True, exist_ok=True)
