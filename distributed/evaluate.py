@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -16,24 +16,24 @@ from metadiff import stages
 from metadiff.artifact import write_atomically
 from metadiff.evaluation import Scores, blocks
 from metadiff.pipeline import Run
-from metadiff.scoring import Scoring
+from metadiff.scoring import Scoring, rows
 
-Block = tuple[int, range]
-"""The number of shots, and the tasks."""
+Block = tuple[int, range | None]
+"""The number of shots, and tasks to score; None for the curves and pictures of the report."""
 
 
 def build(run: Run, folder: Path) -> None:
-    """Score what has not been scored yet, block by block, and gather the rows."""
+    """Do what has not been done yet, block by block, and gather the rows."""
     settings = cast(EngineConfig, run.config)
-    every = [(shot, tasks) for shot in settings.episodes.shots for tasks in blocks(settings.evaluate.num_tasks)]
+    every = [(shot, tasks) for shot in settings.episodes.shots for tasks in (None, *blocks(settings.evaluate.num_tasks))]
     todo = [block for block in every if not _file(folder, block).exists()]
-    with tqdm(total=sum(len(tasks) for _, tasks in todo), desc="evaluate", unit="task", mininterval=1.0) as progress:
-        for block, scores in work_through(ScoringWorker, (run,), todo, settings.ray):
-            write_atomically(_file(folder, block), _to_json(scores))
-            progress.update(len(block[1]))
-    stages.evaluate_systems(run, folder, lambda scoring, shot, _: [_read(_file(folder, (shot, tasks))) for tasks in scoring.blocks])
+    with tqdm(total=sum(map(_num_tasks, todo)), desc=f"evaluate {run.variant}", unit="task", mininterval=1.0) as progress:
+        for block, found in work_through(ScoringWorker, (run,), todo, settings.ray):
+            write_atomically(_file(folder, block), json.dumps(found).encode())
+            progress.update(_num_tasks(block))
+    stages.write_results(run, folder, {shot: _gathered(run, folder, shot) for shot in settings.episodes.shots})
     for block in every:
-        _file(folder, block).unlink(missing_ok=True)
+        _file(folder, block).unlink()
 
 
 class ScoringWorker:
@@ -42,25 +42,33 @@ class ScoringWorker:
     def __init__(self, run: Run) -> None:
         self._scoring = cache(partial(Scoring, here(run)))
 
-    def run(self, block: Block) -> Scores:
-        """The scores of the block's tasks."""
+    def run(self, block: Block) -> dict[str, Any]:
+        """The scores of the block's tasks, or the illustrations, as JSON values."""
         shot, tasks = block
-        return self._scoring(shot).score(tasks)
+        scoring = self._scoring(shot)
+        if tasks is None:
+            return scoring.illustrations()
+        scores = scoring.score(tasks)
+        return {"accuracy": {name: values.tolist() for name, values in scores.accuracy.items()}, "seconds": dict(scores.seconds)}
+
+
+def _gathered(run: Run, folder: Path, shot: int) -> dict[str, Any]:
+    parts = [_read(_file(folder, (shot, tasks))) for tasks in blocks(run.config.evaluate.num_tasks)]
+    scores = [Scores({name: np.array(values) for name, values in part["accuracy"].items()}, part["seconds"]) for part in parts]
+    return {"rows": rows(run, shot, Scores.joined(scores)), **_read(_file(folder, (shot, None)))}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def _num_tasks(block: Block) -> int:
+    return len(block[1] or ())
 
 
 def _file(folder: Path, block: Block) -> Path:
     shot, tasks = block
-    return folder / f"{shot}shot.{tasks.start:09d}.part.json"
-
-
-def _to_json(scores: Scores) -> bytes:
-    accuracy = {name: values.tolist() for name, values in scores.accuracy.items()}
-    return json.dumps({"accuracy": accuracy, "seconds": dict(scores.seconds)}).encode()
-
-
-def _read(path: Path) -> Scores:
-    parts = json.loads(path.read_text())
-    return Scores({name: np.array(values) for name, values in parts["accuracy"].items()}, parts["seconds"])
+    return folder / f"{shot}shot.{'illustrations' if tasks is None else f'{tasks.start:09d}'}.part.json"
 
 
 STAGE = replace(stages.STAGES["evaluate"], build=build)

@@ -26,7 +26,7 @@ class Scoring:
     """The systems of one number of shots, and the tasks that they are scored on."""
 
     def __init__(self, run: Run, shot: int) -> None:
-        self._run, self._shot = run, shot
+        self._run = run
         settings, protocol, seed = run.config.evaluate, run.config.episodes, run.config.seed + _SEED
         bank = FeatureBank.open(run.artifacts["embed"], settings.split)
         features = open_transform(run.artifacts["fit_targets"].file(TRANSFORM))(bank.features).to(run.device)
@@ -53,15 +53,12 @@ class Scoring:
         """Every system on one block of tasks."""
         return score(self._systems, self._tasks(np.array(block)))
 
-    def summary(self, parts: list[Scores]) -> dict[str, Any]:
-        """The rows over the scores of all blocks, in order, with curves and pictures for the report."""
-        settings = self._run.config
-        traced = self._tasks(np.arange(min(settings.evaluate.trace_tasks, self.num_tasks)))
+    def illustrations(self) -> dict[str, Any]:
+        """Curves along the denoising and pictures of the first tasks, for the report."""
+        traced = self._tasks(np.arange(min(self._run.config.evaluate.trace_tasks, self.num_tasks)))
         pictured = self._tasks(np.arange(_PICTURED_TASKS))
-        common = {"preset": settings.denoiser.preset, "way": self._sampler.way, "shot": self._shot}
         return {
-            "rows": result_rows(Scores.joined(parts), common),
-            "trace": trace(self._denoiser, self._learner, self._schedule, settings.sampler, traced),
+            "trace": trace(self._denoiser, self._learner, self._schedule, self._run.config.sampler, traced),
             "examples": self._examples(predictions(*self._systems["metadiff"](pictured), pictured).cpu().numpy()),
         }
 
@@ -71,6 +68,11 @@ class Scoring:
         parts = {"classes": episodes.classes, "support": episodes.support, "query": episodes.query}
         parts["predicted"] = predicted.reshape(episodes.query.shape)
         return {name: array.tolist() for name, array in parts.items()}
+
+
+def rows(run: Run, shot: int, scores: Scores) -> list[dict[str, Any]]:
+    """The rows of one number of shots over the scores of all its tasks, in order."""
+    return result_rows(scores, {"preset": run.config.denoiser.preset, "way": run.config.episodes.way, "shot": shot})
 
 
 def protocol(run: Run) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from metadiff.pipeline import Run, Stage, say
 from metadiff.pretraining import BACKBONE, Classifier, load_backbone, pretrain
 from metadiff.reporting import other_evaluations, report
 from metadiff.schedule import Schedule
-from metadiff.scoring import TRANSFORM, Scoring, new_denoiser, open_transform, protocol
+from metadiff.scoring import TRANSFORM, Scoring, new_denoiser, open_transform, protocol, rows
 from metadiff.targets import Targets, write_targets
 from metadiff.training import train
 
@@ -123,38 +123,36 @@ def train_denoisers(run: Run, folder: Path, ranks: Ranks = ALONE, log: Callable[
     for shot in run.config.episodes.shots:
         denoiser = new_denoiser(run, schedule, run.config.seed).to(run.device)
         batches, label = partial(_batches, run, shot, ranks), f"train {run.config.denoiser.preset} {shot}-shot"
-        path, rows = folder / f"{shot}shot", log(shot) if log else None
-        train(denoiser, schedule, batches, run.config.train, run.config.seed, path, label, ranks=ranks, log=rows)
+        path, curves = folder / f"{shot}shot", log(shot) if log else None
+        train(denoiser, schedule, batches, run.config.train, run.config.seed, path, label, ranks=ranks, log=curves)
 
 
-def _score_in_turn(scoring: Scoring, shot: int, label: str) -> list[Scores]:
-    with tqdm(total=scoring.num_tasks, desc=label, unit="task", mininterval=1.0) as progress:
-        parts = []
+def evaluate_systems(run: Run, folder: Path) -> None:
+    """Score every row on the same tasks, shot by shot, and keep curves and pictures for the report."""
+    shots = run.config.episodes.shots
+    parts = {shot: folder / f"{shot}shot.json" for shot in shots}
+    for shot in [shot for shot in shots if not parts[shot].exists()]:
+        write_atomically(parts[shot], json.dumps(_evaluate_shot(run, shot)).encode())
+    write_results(run, folder, {shot: json.loads(parts[shot].read_text()) for shot in shots})
+    for part in parts.values():
+        part.unlink()
+
+
+def _evaluate_shot(run: Run, shot: int) -> dict[str, Any]:
+    scoring, parts = Scoring(run, shot), []
+    with tqdm(total=scoring.num_tasks, desc=f"evaluate {run.variant} {shot}-shot", unit="task", mininterval=1.0) as progress:
         for block in scoring.blocks:
             parts.append(scoring.score(block))
             progress.update(len(block))
-    return parts
+    return {"rows": rows(run, shot, Scores.joined(parts)), **scoring.illustrations()}
 
 
-def evaluate_systems(run: Run, folder: Path, score: Callable[[Scoring, int, str], list[Scores]] = _score_in_turn) -> None:
-    """Score every row on the same tasks, shot by shot, and keep curves and pictures for the report.
-
-    `score` maps a scoring, its number of shots and a label to the scores of its blocks, in order.
-    """
-    scored = {}
-    for shot in run.config.episodes.shots:
-        done = folder / f"{shot}shot.json"
-        if not done.exists():
-            scoring = Scoring(run, shot)
-            parts = score(scoring, shot, f"evaluate {run.config.denoiser.preset} {shot}-shot")
-            write_atomically(done, json.dumps(scoring.summary(parts)).encode())
-        scored[str(shot)] = json.loads(done.read_text())
-    rows = [row for part in scored.values() for row in part["rows"]]
-    _write_json(folder / "results.json", {"protocol": protocol(run), "rows": rows})
+def write_results(run: Run, folder: Path, scored: Mapping[int, Mapping[str, Any]]) -> None:
+    """Write `results.json`, `trace.json` and `examples.json` from the rows, traces and examples of each number of shots."""
+    every = [row for part in scored.values() for row in part["rows"]]
+    _write_json(folder / "results.json", {"protocol": protocol(run), "rows": every})
     for name in ("trace", "examples"):
-        _write_json(folder / f"{name}.json", {shot: part[name] for shot, part in scored.items()})
-    for shot in scored:
-        (folder / f"{shot}shot.json").unlink()
+        _write_json(folder / f"{name}.json", {str(shot): part[name] for shot, part in scored.items()})
 
 
 def _write_json(path: Path, content: Any) -> None:
