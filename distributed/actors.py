@@ -90,8 +90,7 @@ class Crew:
         for _ in range(num_actors):
             self._hire()
         while not self.dispatcher.drained and not self.dispatcher.hopeless:
-            for number in list(self.actors):
-                self._feed(number)
+            self._feed()
             ready, _ = self.ray.wait(list(self.calls), timeout=_PATIENCE_SECONDS)
             if not ready and not self.dispatcher.finished:
                 say("ray: no actor has reported yet; if none can start, the cluster lacks the CPUs or GPUs that ray.* asks for")
@@ -116,12 +115,21 @@ class Crew:
         self.ray.kill(self.actors.pop(number))
         self.calls = {call: task for call, task in self.calls.items() if task[0] != number}
 
-    def _feed(self, number: int) -> None:
-        while (block := self.dispatcher.take(number)) is not None:
-            self.calls[self.actors[number].run.remote(block)] = (number, block)
+    def _feed(self) -> None:
+        for number in [number for number in self.actors if not self.dispatcher.held(number)]:
+            self._call(number)
+        # What is taken ahead is lost to idle actors: only while there is enough for all.
+        while self.dispatcher.num_waiting > len(self.actors) and any([self._call(number) for number in self.actors]):
+            pass
         # An idle actor would keep its node from being given back.
-        if not self.dispatcher.held(number):
+        for number in [number for number in self.actors if not self.dispatcher.held(number)]:
             self._dismiss(number)
+
+    def _call(self, number: int) -> bool:
+        block = self.dispatcher.take(number)
+        if block is not None:
+            self.calls[self.actors[number].run.remote(block)] = (number, block)
+        return block is not None
 
     def _collect(self, call: Any) -> Iterator[tuple[Any, Any]]:
         number, block = self.calls[call]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 from distributed.beton import BetonConfig
 from distributed.loaders import LoaderConfig
@@ -24,13 +25,22 @@ class EngineConfig(Config):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> EngineConfig:
-    """The configuration of a YAML file with `key=value` overrides, over the defaults of its preset."""
-    return load_config(path, overrides, EngineConfig)
+    """The configuration of a YAML file with `key=value` overrides, over the defaults of its preset.
+
+    Folders are absolute: a cluster's workers start elsewhere.
+    """
+    settings = load_config(path, overrides, EngineConfig)
+    url = settings.store.url
+    store = replace(settings.store, url=str(Path(url).absolute())) if url and "://" not in url else settings.store
+    return replace(settings, run=replace(settings.run, dir=settings.run.dir.absolute()), store=store)
 
 
 def here(run: Run) -> Run:
-    """The run as an actor carries it out: on the device that Ray gave it."""
-    return replace(run, device=set_up(MachineConfig(device=run.config.machine.device)))
+    """The run as an actor carries it out: on a GPU if Ray gave it one. Without Ray it is as it was."""
+    ray = cast(EngineConfig, run.config).ray
+    if not ray.num_actors:
+        return run
+    return replace(run, device=set_up(MachineConfig(device="cuda" if ray.gpus_per_worker else "cpu")))
 
 
 def loader_of_one(settings: EngineConfig, num_processes: int) -> LoaderConfig:

@@ -23,6 +23,7 @@ from metadiff.pipeline import Run
 from metadiff.stages import open_backbone
 
 _BATCHES_A_PART = 8
+_PART = ".part.npy"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Part:
     @property
     def file(self) -> str:
         """Its name in the workspace."""
-        return f"{self.split}.{self.view}.{self.start:09d}.part.npy"
+        return f"{self.split}.{self.view}.{self.start:09d}{_PART}"
 
 
 PartReader = Callable[[Part], Iterator[Tensor]]
@@ -55,8 +56,8 @@ def build(run: Run, folder: Path) -> None:
             progress.update(part.stop - part.start)
     for split, images in splits.items():
         write_features(folder, split, images, (np.load(folder / part.file) for part in parts[split]), settings.embed)
-        for part in parts[split]:
-            (folder / part.file).unlink()
+    for part in folder.glob(f"*{_PART}"):
+        part.unlink()
 
 
 def _parts(split: str, images: ImageSet, settings: EngineConfig) -> list[Part]:

@@ -24,6 +24,13 @@ Block = tuple[int, range | None]
 
 def build(run: Run, folder: Path) -> None:
     """Do what has not been done yet, block by block, and gather the rows."""
+    if not (folder / stages.RESULTS).exists():
+        _score(run, folder)
+    for part in folder.glob(f"*{stages.PART}"):
+        part.unlink()
+
+
+def _score(run: Run, folder: Path) -> None:
     settings = cast(EngineConfig, run.config)
     every = [(shot, tasks) for shot in settings.episodes.shots for tasks in (None, *blocks(settings.evaluate.num_tasks))]
     todo = [block for block in every if not _file(folder, block).exists()]
@@ -32,8 +39,6 @@ def build(run: Run, folder: Path) -> None:
             write_atomically(_file(folder, block), json.dumps(found).encode())
             progress.update(_num_tasks(block))
     stages.write_results(run, folder, {shot: _gathered(run, folder, shot) for shot in settings.episodes.shots})
-    for block in every:
-        _file(folder, block).unlink()
 
 
 class ScoringWorker:
@@ -68,7 +73,7 @@ def _num_tasks(block: Block) -> int:
 
 def _file(folder: Path, block: Block) -> Path:
     shot, tasks = block
-    return folder / f"{shot}shot.{'illustrations' if tasks is None else f'{tasks.start:09d}'}.part.json"
+    return folder / f"{shot}shot.{'illustrations' if tasks is None else f'{tasks.start:09d}'}{stages.PART}"
 
 
 STAGE = replace(stages.STAGES["evaluate"], build=build)

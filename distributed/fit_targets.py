@@ -24,17 +24,26 @@ from metadiff.learners import build_learner
 from metadiff.pipeline import Run, resolved, say
 from metadiff.scoring import TRANSFORM, open_transform
 from metadiff.stages import fix_transform, say_unconverged, task_sampler
-from metadiff.targets import DIAGNOSTICS, FittedTargets, check_targets, class_means, fit_targets, summarise
+from metadiff.targets import DIAGNOSTICS, SUMMARY, FittedTargets, check_targets, class_means, fit_targets, summarise
 
 _REPAIRS = 3
+_STORE = "store"
 
 
 def build(run: Run, folder: Path) -> None:
     """Fit the blocks that the store does not have yet, then make one memory-mappable array of them."""
+    if not (folder / SUMMARY).exists():
+        _fit(run, folder)
+    shutil.rmtree(folder / _STORE, ignore_errors=True)
+
+
+def _fit(run: Run, folder: Path) -> None:
     settings = cast(EngineConfig, run.config)
     check_targets(settings.targets, build_learner(settings.learner))
     fix_transform(run, folder)
-    store = open_store(run, folder, fresh="fit_targets" in run.forced)
+    store = open_store(run, folder)
+    if "fit_targets" in run.forced:
+        store = open_store(run, folder, fresh=True)
     num_blocks = math.ceil(settings.targets.num_tasks / settings.store.block)
     _fit_blocks(run, folder, store.missing(num_blocks))
     for repairs_left in reversed(range(_REPAIRS + 1)):
@@ -47,8 +56,6 @@ def build(run: Run, folder: Path) -> None:
             say(f"fit_targets: {damage}")
             _fit_blocks(run, folder, damage.blocks)
     say_unconverged(summarise(folder, build_learner(settings.learner), settings.targets))
-    if settings.store.url is None:
-        shutil.rmtree(folder / "store")
 
 
 def _fit_blocks(run: Run, folder: Path, blocks: Sequence[int]) -> None:
@@ -63,7 +70,7 @@ def open_store(run: Run, folder: Path, fresh: bool = False) -> TargetStore:
     """The run's store: where the configuration says, or in the stage's own folder until the targets are one array."""
     settings = cast(EngineConfig, run.config)
     identity = {"config": resolved(settings, STAGE), "features": run.artifacts["embed"].content}
-    return TargetStore.open(settings.store.url or folder / "store", identity, settings.store.endpoint_url, fresh)
+    return TargetStore.open(settings.store.url or folder / _STORE, identity, settings.store.endpoint_url, fresh)
 
 
 class TargetsWorker:

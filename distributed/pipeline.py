@@ -1,15 +1,19 @@
 """All stages on the engine: `python -m distributed.pipeline [CONFIG] [key=value ...] [--dry-run] [--force]`."""
 
+import importlib.util
+import os
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from distributed import embed, evaluate, fit_targets, prepare, pretrain, train
+from distributed import embed, evaluate, fit_targets, prepare, pretrain, report, train
 from distributed.beton import import_ffcv, refuse_if_in_use
 from distributed.blobs import open_blobs
 from distributed.config import EngineConfig, load
 from distributed.runtime import check_resources, connect, session
-from metadiff import command, preflight, stages
+from distributed.store import StoreConfig
+from metadiff import command, preflight
+from metadiff.errors import UserError
 from metadiff.parallel import Ranks
 from metadiff.pipeline import Stage, artifact_path, pending
 
@@ -20,7 +24,7 @@ STAGES: dict[str, Stage] = {
     "fit_targets": fit_targets.STAGE,
     "train": train.STAGE,
     "evaluate": evaluate.STAGE,
-    "report": stages.STAGES["report"],
+    "report": report.STAGE,
 }
 
 
@@ -36,15 +40,35 @@ def check(settings: EngineConfig, wanted: Collection[str], forced: Collection[st
         refuse_if_in_use(artifact_path(settings, "prepare", STAGES["prepare"]))
     if settings.loader.kind == "ffcv" and running & {"prepare", "pretrain", "embed"}:
         import_ffcv()
+    if running & {"pretrain", "train"}:
+        _refuse_absent("tensorboard", "TensorBoard")
     if running & {"pretrain", "embed", "fit_targets", "train", "evaluate"}:
+        if settings.ray.num_workers + settings.ray.num_actors:
+            _refuse_absent("ray", "Ray")
         check_resources(settings.ray, settings.machine.device)
         if settings.ray.address and settings.ray.num_workers + settings.ray.num_actors:
             connect(settings.ray)
-    if "fit_targets" in running and settings.store.url and "://" in settings.store.url:
-        open_blobs(settings.store.url, settings.store.endpoint_url).prepare()
+    if "fit_targets" in running and settings.store.url:
+        _refuse_unusable(settings.store)
     for stage, size in (("pretrain", settings.pretrain.batch_size), ("train", settings.train.batch_size)):
         if stage in running:
             Ranks(0, max(1, settings.ray.num_workers)).share(size, f"{stage}.batch_size")
+
+
+def _refuse_absent(module: str, name: str) -> None:
+    # Not imported: Ray reads its settings then.
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{name} is not installed; pip install 'metadiff[ray]', or use `python -m metadiff`, which needs none")
+
+
+def _refuse_unusable(store: StoreConfig) -> None:
+    assert store.url
+    blobs = open_blobs(store.url, store.endpoint_url)
+    if "://" in store.url:
+        return blobs.prepare()
+    there = next(path for path in (Path(store.url), *Path(store.url).parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"store.url={store.url}: {there} is no folder that you may write to; choose another")
 
 
 PROGRAM = command.Program(

@@ -64,7 +64,7 @@ def _a_share(gpus: float) -> float:
 
 @config
 class RayConfig:
-    """Where the stages' processes run and what each of them gets; nothing here changes a result beyond rounding."""
+    """Where the stages' processes run and what each of them gets; only the backbone depends on them, through batch norm."""
 
     address: Annotated[str | None, AfterValidator(_an_address)] = None
     """A cluster's HOST:PORT or `auto`; without it, a private instance on this machine for as long as the command lasts."""

@@ -42,6 +42,11 @@ class Dispatcher(Generic[Worker, Block]):
         return not self._waiting and not any(self._held.values())
 
     @property
+    def num_waiting(self) -> int:
+        """How many blocks no worker holds."""
+        return len(self._waiting)
+
+    @property
     def hopeless(self) -> bool:
         """Whether a block was given up before any was finished: then it is not the block that is at fault."""
         return bool(self.poisoned) and not self.finished

@@ -45,7 +45,7 @@ class StoreConfig:
 
 
 class DamagedShards(UserError):
-    """Some shards are missing, truncated, altered or foreign: discard `blocks` and fit them again."""
+    """Some shards are missing, truncated, altered or foreign: fit `blocks` again."""
 
     def __init__(self, message: str, blocks: tuple[int, ...] = ()) -> None:
         super().__init__(message)
@@ -161,7 +161,7 @@ class TargetStore:
         if changed:
             first = f"{changed[0]}={old.get(changed[0])!r}, this configuration says {new.get(changed[0])!r}"
             more = f" (and {len(changed) - 1} more keys differ)" if len(changed) > 1 else ""
-            raise UserError(f"store {self.blobs.where}: made with {first}{more}; choose another store.url, or redo it with --force")
+            raise UserError(f"store {self.blobs.where}: made with {first}{more}; choose another store.url, or delete that store")
 
     def _has_size(self, block: int, size: int) -> bool:
         head = self.blobs.get(_shard_name(block), HEADER_BYTES) if size else None
@@ -221,7 +221,7 @@ def _parse_identity(content: bytes, where: str) -> Mapping[str, Any]:
     except (ValueError, KeyError, TypeError):
         found, intact = {}, False
     if not intact:
-        advice = "if the store is this configuration's, delete that file: every shard says whose it is; else redo it with --force"
+        advice = "if the store is this configuration's, delete that file: every shard says whose it is; else delete the store"
         raise UserError(f"store {where}: {IDENTITY} was edited or is damaged; {advice}")
     return found["identity"]
 

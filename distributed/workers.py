@@ -59,6 +59,8 @@ def launch(loop: Loop, arguments: dict[str, Any], settings: RayConfig, folder: P
     with _attempt(folder) as attempt:
         trainer = _trainer(partial(_rank, loop, arguments, settings, attempt), settings, attempt.storage)
         error = _fit(trainer, attempt)
+        if not error and not attempt.finished.exists():
+            error = UserError(f"{folder}: Ray's workers do not see this folder; set run.dir to one that all nodes share")
     if error:
         raise error
 
@@ -76,7 +78,7 @@ class _Attempt:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.storage, self.said = folder, folder / "ray", folder / "stderr"
-        self.begun, self._error = folder / "begun", folder / "error.json"
+        self.begun, self.finished, self._error = folder / "begun", folder / "finished", folder / "error.json"
 
     @property
     def wanted(self) -> bool:
@@ -175,6 +177,8 @@ def _rank(loop: Loop, arguments: dict[str, Any], settings: RayConfig, attempt: _
     try:
         with _heard(attempt) if ranks.first else nullcontext():
             loop(ranks, **arguments)
+        if ranks.first:
+            attempt.finished.touch()
     except UserError as error:
         attempt.fail(error)
         raise

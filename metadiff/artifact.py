@@ -131,11 +131,16 @@ def commit(partial: Path, path: Path, stage: str, config: Mapping[str, Any], inp
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or the survivor of a crash, sees all of it or the old one."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        # What is left of it may hold the last room on the disk.
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -48,16 +48,17 @@ def run(program: Program, arguments: Sequence[str] | None = None, stage: str | N
     """Run the command line, for `stage` alone or the one that its first word names; returns the exit code."""
     try:
         options = _parser(program, stage).parse_intermixed_args(arguments)
-        return _run(program, options, stage or options.stage)
+        try:
+            return _run(program, options, stage or options.stage)
+        except KeyboardInterrupt:
+            say(f"interrupted; the same command {'starts over, for it has --force' if options.force else 'goes on from here'}")
+            return 130
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
         if error.errno not in _DISK_TROUBLE:
             raise
         return _fail(f"{error.filename or 'writing'}: {error.strerror}; {_DISK_TROUBLE[error.errno]}")
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on from here")
-        return 130
 
 
 def _run(program: Program, options: argparse.Namespace, stage: str) -> int:

@@ -1,6 +1,7 @@
 """Prepared images: uint8 arrays of one size, memory-mapped, and the in-memory loader that feeds them to training."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +187,8 @@ def write_split(folder: Path, split: str, source: ImageSource, prepare: PrepareC
         except (OSError, SyntaxError, ValueError) as error:
             good[row] = False
             bad.append(f"{source.names[index]} ({error})")
+    for name in bad:
+        tqdm.write(f"{split}: not readable as an image: {name}", file=sys.stderr)
     if bad and not prepare.skip_bad_images:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise UserError(

@@ -219,7 +219,9 @@ def _reason_to_run(settings: Config, name: str, stage: Stage, inputs: Mapping[st
 
 
 def _refuse_other_config(path: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    old, new = flatten(there), flatten(wanted)
+    # One process may go on from what the engine has made: how that was done is no longer to be chosen.
+    old = flatten({section: options for section, options in there.items() if section in wanted or section not in ENGINE_SECTIONS})
+    new = flatten(wanted)
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     if changed:
         first = f"{changed[0]}={old.get(changed[0])!r}, this configuration says {new.get(changed[0])!r}"

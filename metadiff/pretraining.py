@@ -17,7 +17,7 @@ from metadiff.checkpoint import Checkpoints, load_state, save_state
 from metadiff.config import config
 from metadiff.errors import UserError
 from metadiff.images import AugmentConfig, Batch, ImageLoader
-from metadiff.metrics import Log, write_row
+from metadiff.metrics import Log, read_rows, write_row
 from metadiff.parallel import ALONE, Ranks
 
 CHECKPOINT = "checkpoint"
@@ -97,6 +97,8 @@ def pretrain(
     ranks.share(settings.batch_size, "pretrain.batch_size")
     classifier.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     checkpoints = Checkpoints(folder, CHECKPOINT, ranks)
+    if ranks.agree((folder / METRICS).exists() and len(read_rows(folder / METRICS)) == settings.epochs):
+        return checkpoints.clear()
     state = _PretrainingState(classifier, settings, loader.steps_per_epoch, ranks)
     for epoch in range(state.resume(checkpoints), settings.epochs):
         began = time.perf_counter()

@@ -31,6 +31,9 @@ from metadiff.scoring import TRANSFORM, Scoring, new_denoiser, open_transform, p
 from metadiff.targets import Targets, write_targets
 from metadiff.training import train
 
+RESULTS = "results.json"
+PART = ".part.json"
+"""Ends the names of files that are gone when the results are written."""
 _VALIDATION_IMAGES = 100
 _VALIDATION_TASKS = 1000
 
@@ -130,11 +133,11 @@ def train_denoisers(run: Run, folder: Path, ranks: Ranks = ALONE, log: Callable[
 def evaluate_systems(run: Run, folder: Path) -> None:
     """Score every row on the same tasks, shot by shot, and keep curves and pictures for the report."""
     shots = run.config.episodes.shots
-    parts = {shot: folder / f"{shot}shot.json" for shot in shots}
+    parts = {shot: folder / f"{shot}shot{PART}" for shot in shots}
     for shot in [shot for shot in shots if not parts[shot].exists()]:
         write_atomically(parts[shot], json.dumps(_evaluate_shot(run, shot)).encode())
     write_results(run, folder, {shot: json.loads(parts[shot].read_text()) for shot in shots})
-    for part in parts.values():
+    for part in folder.glob(f"*{PART}"):
         part.unlink()
 
 
@@ -148,11 +151,11 @@ def _evaluate_shot(run: Run, shot: int) -> dict[str, Any]:
 
 
 def write_results(run: Run, folder: Path, scored: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write `results.json`, `trace.json` and `examples.json` from the rows, traces and examples of each number of shots."""
-    every = [row for part in scored.values() for row in part["rows"]]
-    _write_json(folder / "results.json", {"protocol": protocol(run), "rows": every})
+    """Write `trace.json`, `examples.json` and, when all else is done, `results.json` from what is known of each number of shots."""
     for name in ("trace", "examples"):
         _write_json(folder / f"{name}.json", {str(shot): part[name] for shot, part in scored.items()})
+    every = [row for part in scored.values() for row in part["rows"]]
+    _write_json(folder / RESULTS, {"protocol": protocol(run), "rows": every})
 
 
 def _write_json(path: Path, content: Any) -> None:

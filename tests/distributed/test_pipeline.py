@@ -147,7 +147,7 @@ def test_the_estimator_takes_an_engine_run(alone: Path) -> None:
     assert len(classifier.predict(list(pixels[:4]))) == 4
 
 
-@pytest.mark.parametrize("stage", [*(name for name in STAGES if name != "report"), "pipeline"])
+@pytest.mark.parametrize("stage", [*STAGES, "pipeline"])
 def test_every_stage_is_a_command(stage: str) -> None:
     module = ast.parse((ROOT / f"distributed/{stage}.py").read_text())
     assert "main" in ast.unparse(module.body[-1]), "python -m distributed.<stage> runs it"

@@ -104,7 +104,7 @@ def test_another_identity_is_refused(place: Place) -> None:
     with pytest.raises(UserError) as caught:
         place.store(OTHER)
     message = f"store {store.blobs.where}: made with targets.tolerance=1e-05, this configuration says 1e-06; "
-    assert str(caught.value) == message + "choose another store.url, or redo it with --force"
+    assert str(caught.value) == message + "choose another store.url, or delete that store"
     with pytest.raises(UserError, match=r"made with block=4, .* says 5 \(and 2 more keys differ\)"):
         place.store({**OTHER, "block": 5, "new": None, "features": "0"})
     assert place.store().missing(3) == []
