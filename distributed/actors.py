@@ -15,7 +15,7 @@ from metadiff.errors import UserError
 from metadiff.machine import MachineConfig, set_up
 from metadiff.pipeline import say
 
-_PATIENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 60.0
 _FOR_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -89,11 +89,13 @@ class Crew:
         """
         for _ in range(num_actors):
             self._hire()
+        patience = _PATIENCE_SECONDS
         while not self.dispatcher.drained and not self.dispatcher.hopeless:
             self._feed()
-            ready, _ = self.ray.wait(list(self.calls), timeout=_PATIENCE_SECONDS)
+            ready, _ = self.ray.wait(list(self.calls), timeout=patience)
             if not ready and not self.dispatcher.finished:
-                say("ray: no actor has reported yet; if none can start, the cluster lacks the CPUs or GPUs that ray.* asks for")
+                say("ray: no actor has finished anything yet; if none can start, the cluster lacks the CPUs or GPUs that ray.* asks for")
+                patience *= 4
             for call in ready:
                 yield from self._collect(call)
         if self.dispatcher.poisoned:

@@ -1,5 +1,6 @@
 """Bad input to the engine: each mistake gets one clear line, exit code 2, and nothing written."""
 
+import importlib.util
 import shutil
 import socket
 import sys
@@ -129,6 +130,22 @@ def test_ffcv_absent(tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: 
     only_error(capfd, "apt-get install", "libopencv-dev", "metadiff[ffcv]", "loader.kind=memory")
     assert not (tmp_path / "runs").exists()
     assert main([str(config), "loader.kind=memory"], "pretrain") == 0, "which needs none"
+
+
+@pytest.mark.parametrize(("module", "stage"), [("ray", "embed"), ("tensorboard", "train")])
+def test_ray_or_tensorboard_absent(
+    module: str, stage: str, run: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
+    shutil.rmtree(run / "embed")
+    refuse(run, stage, capfd, "is not installed", "metadiff[ray]", overrides=("ray.num_actors=1",))
+
+
+def test_a_folder_for_the_store_that_is_a_file(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    (tmp_path / "file").write_text("")
+    where = ("run.variant=other", f"store.url={tmp_path / 'file' / 'store'}")
+    refuse(run, "fit_targets", capfd, "is no folder", "choose another", overrides=where)
 
 
 def test_store_of_another_configuration(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:

@@ -140,6 +140,31 @@ def test_a_damaged_shard_is_fitted_again(copy: Path, tmp_path: Path, capsys: pyt
     assert shard.read_bytes() == whole
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "embed", "fit_targets", "evaluate"])
+def test_a_kill_before_the_commit_costs_nothing(
+    stage: str, copy: Path, alone: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = copy / (f"{stage}/stable" if STAGES[stage].variant else stage)
+    content = {path.name: path.read_bytes() for path in made.iterdir() if path.name not in ("manifest.json", "identity.json")}
+    done = made.with_name(made.name + ".partial")
+    made.rename(done)
+    (done / "manifest.json").unlink()
+    leftovers = {"embed": "base.0.000000000.part.npy", "evaluate": "1shot.000000000.part.json"}
+    if stage in leftovers:
+        (done / leftovers[stage]).write_bytes(b"left by the kill")
+    for name in ("distributed.fit_targets.work_through", "distributed.evaluate.work_through", "metadiff.pretraining._train_epoch"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("what was done is done again"))
+    monkeypatch.setattr("distributed.embed.work_through", lambda worker, arguments, blocks, settings: iter(blocks))
+    run(copy.parents[1], stage=stage)
+    assert {path.name: path.read_bytes() for path in made.iterdir() if path.name not in ("manifest.json", "identity.json")} == content
+
+
+def test_one_process_goes_on_from_what_the_engine_made(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    config = write_config(copy.parents[1], targets=FITTED)
+    assert in_one_process(["evaluate", str(config), "denoiser.preset=consistent"]) == 0
+    assert "embed: done already" in capsys.readouterr().err
+
+
 def test_the_estimator_takes_an_engine_run(alone: Path) -> None:
     pixels, labels = np.load(alone / "prepare/novel.images.npy"), np.load(alone / "prepare/novel.labels.npy")
     few = [int(np.flatnonzero(labels == c)[0]) for c in range(3)]

@@ -86,6 +86,11 @@ class TestOnActors:
         assert sorted(through(tmp_path, blocks)) == sorted(blocks)
         assert [attempts(tmp_path, f"dies {number}") for number in (1, 2)] == [2, 2]
 
+    def test_few_blocks_are_shared(self, tmp_path: Path) -> None:
+        """Were one block worth waiting for, a fast actor would take both."""
+        done = [result["process"] for _, result in work_through(Clerk, (tmp_path,), ["a", "b"], SETTINGS)]
+        assert len(set(done)) == ACTORS
+
     def test_a_users_mistake_comes_out_as_it_was_with_what_was_said(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(UserError) as caught:
             through(tmp_path, ["mistake"])
