@@ -16,13 +16,14 @@ from metadiff.machine import MachineConfig, set_up
 from metadiff.pipeline import say
 
 _PATIENCE_SECONDS = 60.0
-_FOR_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+FOR_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+"""What an OSError may be about for the user to mend, rather than us."""
 
 
 class Worker(Protocol):
     """What an actor is made of: a plain class."""
 
-    def run(self, block: Any) -> Any:
+    def run(self, block: Any, /) -> Any:
         """Do one block and return something small."""
         ...
 
@@ -55,7 +56,7 @@ class _Actor:
             except UserError as error:
                 return _Outcome(None, error, said.getvalue())
             except OSError as error:
-                return _Outcome(None, error if error.errno in _FOR_THE_USER else traceback.format_exc(), said.getvalue())
+                return _Outcome(None, error if error.errno in FOR_THE_USER else traceback.format_exc(), said.getvalue())
             except Exception:
                 return _Outcome(None, traceback.format_exc(), said.getvalue())
 

@@ -1,7 +1,6 @@
 """Trainings in Ray Train's workers: data-parallel ranks, all started again when one is lost."""
 
 import codecs
-import errno
 import json
 import os
 import secrets
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distributed.actors import FOR_THE_USER
 from distributed.runtime import RayConfig, connect
 from metadiff.artifact import write_atomically
 from metadiff.errors import UserError
@@ -32,7 +32,6 @@ _TRAIN_OPTIONS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon the end is noticed
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # busy machines and new nodes take their time
 }
-_FOR_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def launch(loop: Loop, arguments: dict[str, Any], settings: RayConfig, folder: Path) -> None:
@@ -183,7 +182,7 @@ def _rank(loop: Loop, arguments: dict[str, Any], settings: RayConfig, attempt: _
         attempt.fail(error)
         raise
     except OSError as error:
-        if error.errno in _FOR_THE_USER:
+        if error.errno in FOR_THE_USER:
             attempt.fail(error)
         raise
 

@@ -104,7 +104,8 @@ def test_an_index_out_of_range_is_refused_at_once(one: BetonBatches, wrong: int)
 def test_an_error_in_the_thread_reaches_the_consumer(one: BetonBatches, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one, "_transform", lambda pixels, numbers: np.zeros(1)[2] if 14 in numbers else torch.zeros(1))
     stream = one.batches(np.arange(COUNT))
-    next(stream), next(stream)
+    next(stream)
+    next(stream)
     with pytest.raises(RuntimeError, match=r"FFCV's loader of .*base\.beton died: IndexError") as caught:
         next(stream)
     assert isinstance(caught.value.__cause__, IndexError)

@@ -22,7 +22,8 @@ def test_how_far_ahead_is_a_setting() -> None:
 
 def test_drained_when_all_are_finished() -> None:
     dispatcher = Dispatcher[str, int](range(2))
-    dispatcher.take("a"), dispatcher.take("a")
+    dispatcher.take("a")
+    dispatcher.take("a")
     dispatcher.done("a", 0)
     assert not dispatcher.drained
     dispatcher.done("a", 1)
@@ -59,7 +60,8 @@ def test_a_block_is_given_up_after_its_attempts(attempts: int) -> None:
 
 def test_what_a_lost_worker_held_is_next_again_in_the_same_order() -> None:
     dispatcher = Dispatcher[str, int](range(6))
-    dispatcher.take("a"), dispatcher.take("a")
+    dispatcher.take("a")
+    dispatcher.take("a")
     dispatcher.take("b")
     dispatcher.lost("a", "gone")
     assert dispatcher.held("a") == ()
@@ -99,7 +101,8 @@ def test_losing_a_worker_without_work_changes_nothing() -> None:
 
 def test_hopeless_when_a_block_is_given_up_before_any_is_finished() -> None:
     dispatcher = Dispatcher[str, int](range(3), attempts=1)
-    dispatcher.take("a"), dispatcher.take("a")
+    dispatcher.take("a")
+    dispatcher.take("a")
     dispatcher.failed("a", 0, "error")
     assert dispatcher.hopeless
     dispatcher.done("a", 1)
