@@ -64,7 +64,16 @@ def test_in_every_stage(number: signal.Signals, uninterrupted: Path, tmp_path: P
 
 def start(config: Path) -> subprocess.Popen:
     program = [sys.executable, "-m", "distributed.pipeline", str(config)]
-    return subprocess.Popen(program, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    return subprocess.Popen(
+        program,
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        # A shell that runs the tests in the background has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:
