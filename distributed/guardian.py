@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _MARK = "METADIFF_FOLDER"
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.4
 _LONGEST = 40
 
 
@@ -35,13 +35,17 @@ def environment(**defaults: str) -> Iterator[None]:
 def guarded_folder() -> Iterator[Path]:
     """A temporary folder that is removed at the end, with all processes that were started meanwhile and still run.
 
-    They are known by a variable that they inherit, so that it does not matter who started them. The folder's path is short
-    enough for Unix sockets in it, which get 107 bytes.
+    They are known by a variable that they inherit, so that it does not matter who started them, and by who started them. The
+    folder's path is short enough for Unix sockets in it, which get 107 bytes.
     """
     base = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="metadiff-", dir=base if len(base) <= _LONGEST else "/tmp"))
     # In a session of its own, which Ctrl-C does not reach.
-    guardian = subprocess.Popen([sys.executable, "-I", "-S", __file__, str(os.getpid()), str(folder)], start_new_session=True)
+    script = [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(folder)]
+    guardian = subprocess.Popen(script, start_new_session=True, stdout=subprocess.PIPE)
+    assert guardian.stdout
+    with guardian.stdout as ready:
+        ready.readline()
     outer = os.environ.get(_MARK)
     os.environ[_MARK] = str(folder)
     try:
@@ -51,43 +55,65 @@ def guarded_folder() -> Iterator[Path]:
             del os.environ[_MARK]
         else:
             os.environ[_MARK] = outer
-        _clean_up(folder)
-        guardian.kill()
+        guardian.terminate()
         guardian.wait()
 
 
-def _clean_up(folder: Path) -> None:
-    clean_looks = 0
-    while clean_looks < 2:  # a process that is just being started shows no variables for a moment
-        left = _marked(folder)
-        for process in left:
-            _kill(process)
-        clean_looks = 0 if left else clean_looks + 1
-        time.sleep(_LOOK_SECONDS / 2)
-    shutil.rmtree(folder, ignore_errors=True)
+class _Crowd:
+    """The processes that carry a folder's mark, and whatever these have started: some of Ray's write over their variables."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mark = os.fsencode(f"{_MARK}={folder}")
+        self.members: dict[int, str] = {}
+        """When each started: numbers are used again."""
+
+    def look(self) -> None:
+        """Forget who has gone, and find who is new."""
+        alive = dict(filter(None, map(_born, Path("/proc").glob("[0-9]*"))))
+        self.members = {process: start for process, start in self.members.items() if alive.get(process, ("",))[0] == start}
+        marked = {process for process in alive.keys() - self.members.keys() if self.mark in _environment_of(process)}
+        while new := marked | {process for process, (_, parent) in alive.items() if parent in self.members} - self.members.keys():
+            self.members |= {process: alive[process][0] for process in new}
+            marked = set()
+
+    def kill(self) -> None:
+        """End them all, and those that they are just starting, which show no variables for a moment."""
+        quiet_looks = 0
+        while quiet_looks < 2:
+            self.look()
+            quiet_looks = 0 if self.members else quiet_looks + 1
+            for process in self.members:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS / 4)
 
 
-def _marked(folder: Path) -> list[int]:
-    mark = os.fsencode(f"{_MARK}={folder}")
-    return [int(process.name) for process in Path("/proc").glob("[0-9]*") if mark in _environment_of(process)]
-
-
-def _environment_of(process: Path) -> list[bytes]:
+def _born(process: Path) -> tuple[int, tuple[str, int]] | None:
+    """A living process's number, when it started, and its parent."""
     try:
-        return (process / "environ").read_bytes().split(b"\0")
+        fields = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else (int(process.name), (fields[19], int(fields[1])))
+
+
+def _environment_of(process: int) -> list[bytes]:
+    try:
+        return Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
     except OSError:  # another user's, or just gone
         return []
 
 
-def _kill(process: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
-
-
 def _guard(command: int, folder: Path) -> None:
-    while os.getppid() == command:
+    dismissed: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: dismissed.append(number))
+    print("ready", flush=True)
+    crowd = _Crowd(folder)
+    while os.getppid() == command and not dismissed:
+        crowd.look()
         time.sleep(_LOOK_SECONDS)
-    _clean_up(folder)
+    crowd.kill()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,23 @@ def test_at_the_end_folder_and_processes_are_gone_and_others_live() -> None:
         before.kill()
 
 
+def test_a_process_that_erases_its_variables_is_found_by_its_parent() -> None:
+    """As Ray's agents do, when they set their title."""
+    erased = (
+        f"import subprocess, time; print(subprocess.Popen({SLEEPER!r}, env={{}}, start_new_session=True).pid, flush=True); time.sleep(60)"
+    )
+    with guarded_folder():
+        parent = subprocess.Popen([sys.executable, "-I", "-S", "-c", erased], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        time.sleep(1)  # the guardian looks about twice a second
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        assert runs(child)
+    assert not runs(child)
+
+
 def test_a_folder_too_deep_for_sockets_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (deep := tmp_path / ("x" * 60)).mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(deep))

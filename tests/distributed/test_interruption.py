@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,13 +45,11 @@ def test_in_every_stage(number: signal.Signals, uninterrupted: Path, tmp_path: P
         if process.poll() is None and stage in ("embed", "fit_targets", "train", "evaluate"):
             time.sleep(4.0)  # into the midst of Ray's start or of the work
         begun = descendants(process)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # as the terminal does
-        else:
-            process.send_signal(number)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)  # the terminal interrupts all
         _, said = process.communicate(timeout=60)
         expected = {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[number]
-        assert process.returncode in (expected, 0), said
+        assert process.returncode == expected or "report: done" in said, said
         assert "Traceback" not in said, said
         _, left = psutil.wait_procs(begun, timeout=20)
         assert not left, f"{stage}: {left} outlived the command"

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -160,11 +161,11 @@ def test_two_commands_at_once_and_nothing_is_left_of_them(tmp_path: Path) -> Non
     killed, interrupted = commands
     try:
         assert [command.stdout.readline() for command in commands if command.stdout] == ["quick 127.0.0.1\n"] * 2
+        begun = psutil.Process(killed.pid).children(recursive=True)
+        assert len(begun) > 4, "Ray's own processes among them"
         killed.kill()
         killed.wait()
-        deadline = time.monotonic() + 10
-        while marked("killed") and time.monotonic() < deadline:
-            time.sleep(0.1)
+        assert psutil.wait_procs(begun, timeout=10)[1] == []
         assert marked("killed") == []
         assert interrupted.poll() is None
         assert any("ray::" in process for process in marked("interrupted"))
