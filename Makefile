@@ -30,7 +30,7 @@ check: $(READY) ## lint, formatting and types
 accuracy: $(READY) ## the accuracy gate, on glyphs and on mini-ImageNet (its zip in $$METADIFF_DATA); an hour and more
 	$(PYTHON) -m benchmarks.accuracy
 
-chaos: $(READY) ## interrupt and kill the pipeline in every stage; a quarter of an hour
+chaos: $(READY) ## interrupt and kill the pipeline in every stage; ten minutes
 	$(PYTHON) -m pytest -m chaos
 
 bench: $(READY) ## measure how long the demo takes, and FFCV beside the DataLoader

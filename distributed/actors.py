@@ -1,6 +1,5 @@
 """Blocks of work dealt out to Ray actors, which may die."""
 
-import errno
 import io
 import sys
 import traceback
@@ -11,13 +10,11 @@ from typing import Any, NamedTuple, Protocol
 from tqdm import tqdm
 
 from distributed.scheduling import Dispatcher
-from metadiff.errors import UserError
+from metadiff.errors import DISK_TROUBLE, UserError
 from metadiff.machine import MachineConfig, set_up
 from metadiff.pipeline import say
 
 _PATIENCE_SECONDS = 60.0
-FOR_THE_USER = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-"""What an OSError may be about for the user to mend, rather than us."""
 
 
 class Worker(Protocol):
@@ -56,7 +53,7 @@ class _Actor:
             except UserError as error:
                 return _Outcome(None, error, said.getvalue())
             except OSError as error:
-                return _Outcome(None, error if error.errno in FOR_THE_USER else traceback.format_exc(), said.getvalue())
+                return _Outcome(None, error if error.errno in DISK_TROUBLE else traceback.format_exc(), said.getvalue())
             except Exception:
                 return _Outcome(None, traceback.format_exc(), said.getvalue())
 

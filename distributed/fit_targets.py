@@ -3,7 +3,6 @@
 import math
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -84,13 +83,11 @@ class TargetsWorker:
         self._sampler, self._learner = task_sampler(run, bank), build_learner(self._settings.learner)
         self._store = open_store(run, folder)
 
-    def run(self, block: int) -> float:
-        """Fit and commit the block; returns the seconds that it took."""
-        began = time.perf_counter()
+    def run(self, block: int) -> None:
+        """Fit the block and commit it to the store."""
         tasks = _tasks(self._settings, block)
         classes = self._sampler.classes(np.array(tasks))
         self._store.commit(block, {"classes": torch.from_numpy(classes), **self._fit(classes, tasks.start)}, tasks.start, tasks.stop - 1)
-        return time.perf_counter() - began
 
     def _fit(self, classes: np.ndarray, first_task: int) -> dict[str, Tensor]:
         targets = self._settings.targets

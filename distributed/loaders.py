@@ -28,7 +28,7 @@ class LoaderConfig:
     kind: Literal["ffcv", "memory"] = "ffcv"
     """`memory` needs neither FFCV nor `.beton` files."""
     num_workers: Annotated[int, Field(ge=0)] = 0
-    """Decoding threads of FFCV; 0, and the most, is as many as the process may use cores."""
+    """Decoding threads of FFCV, no more than the process may use cores; 0: all of those or, in one of Ray's processes, its share."""
     os_cache: bool = True
     """Let the operating system cache the file; where it is larger than the memory, false reads and forgets it page by page."""
 

@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distributed.actors import FOR_THE_USER
 from distributed.runtime import RayConfig, connect
 from metadiff.artifact import write_atomically
-from metadiff.errors import UserError
+from metadiff.errors import DISK_TROUBLE, UserError
 from metadiff.machine import MachineConfig, set_up
 from metadiff.parallel import ALONE, Ranks
 from metadiff.pipeline import Run, say
@@ -182,7 +181,7 @@ def _rank(loop: Loop, arguments: dict[str, Any], settings: RayConfig, attempt: _
         attempt.fail(error)
         raise
     except OSError as error:
-        if error.errno in FOR_THE_USER:
+        if error.errno in DISK_TROUBLE:
             attempt.fail(error)
         raise
 

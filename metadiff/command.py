@@ -1,7 +1,6 @@
 """A command line over the stages of a flow: what `python -m metadiff` and the distributed engine's commands have in common."""
 
 import argparse
-import errno
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,14 +10,9 @@ from typing import Any, NoReturn
 import yaml
 
 from metadiff.config import dump
-from metadiff.errors import UserError
+from metadiff.errors import DISK_TROUBLE, UserError
 from metadiff.pipeline import Stage, needed, plan, run_stages, say
 from metadiff.reporting import final_words
-
-_DISK_TROUBLE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some, or set run.dir to another disk"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "set run.dir to a folder that you may write to"),
-}
 
 
 @dataclass(frozen=True)
@@ -56,9 +50,9 @@ def run(program: Program, arguments: Sequence[str] | None = None, stage: str | N
     except UserError as error:
         return _fail(str(error))
     except OSError as error:
-        if error.errno not in _DISK_TROUBLE:
+        if error.errno not in DISK_TROUBLE:
             raise
-        return _fail(f"{error.filename or 'writing'}: {error.strerror}; {_DISK_TROUBLE[error.errno]}")
+        return _fail(f"{error.filename or 'writing'}: {error.strerror}; {DISK_TROUBLE[error.errno]}")
 
 
 def _run(program: Program, options: argparse.Namespace, stage: str) -> int:

@@ -1,4 +1,6 @@
-"""The one exception for a user's mistake."""
+"""A user's mistakes and the machine's troubles: what gets one line rather than a traceback."""
+
+import errno
 
 
 class UserError(ValueError):
@@ -6,3 +8,10 @@ class UserError(ValueError):
 
     The message says what is wrong, where, what was expected and what to do.
     """
+
+
+DISK_TROUBLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some, or set run.dir to another disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "set run.dir to a folder that you may write to"),
+}
+"""What an OSError may be about for the user to mend, by its errno, and how."""

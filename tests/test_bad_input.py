@@ -18,6 +18,7 @@ from PIL import Image
 from metadiff import artifact
 from metadiff.__main__ import main
 from metadiff.checkpoint import load_state, save_state
+from tests.refusal import only_error
 from tests.tiny import write_config
 
 Arrange = Callable[[Path], Any]
@@ -150,16 +151,6 @@ def test_one_line_and_nothing_written(mistake: str, tmp_path: Path, capfd: pytes
 
 def snapshot(folder: Path) -> set[Path]:
     return {*folder.rglob("*")}
-
-
-def only_error(capfd: pytest.CaptureFixture, *expected: str) -> None:
-    shown = capfd.readouterr()
-    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, shown.err
-    assert shown.err.rstrip().endswith(errors[0]), "the error is the last line"
-    assert "Traceback" not in shown.err
-    for words in expected:
-        assert words in errors[0]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 from distributed.beton import hold
 from distributed.pipeline import main
 from metadiff.__main__ import main as in_one_process
+from tests.refusal import only_error
 from tests.tiny import write_config
 
 MEMORY = {"loader": {"kind": "memory"}, "ray": {"num_workers": 0, "num_actors": 0}}
@@ -48,16 +49,6 @@ def test_one_line_and_nothing_written(mistake: str, tmp_path: Path, capfd: pytes
     assert main([str(config), *overrides]) == 2
     only_error(capfd, *expected)
     assert {*tmp_path.rglob("*")} == before
-
-
-def only_error(capfd: pytest.CaptureFixture, *expected: str) -> None:
-    shown = capfd.readouterr()
-    errors = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, shown.err
-    assert shown.err.rstrip().endswith(errors[0]), "the error is the last line"
-    assert "Traceback" not in shown.err
-    for words in expected:
-        assert words in errors[0]
 
 
 @pytest.fixture(scope="module")
