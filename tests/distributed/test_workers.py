@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -27,28 +26,18 @@ from metadiff.learners import PrototypeLearner, Support
 from metadiff.parallel import Ranks
 from metadiff.schedule import Schedule
 from metadiff.training import TrainConfig, train
+from tests.tasks import DIM, batches
 
 ROOT = Path(__file__).parents[2]
-WAY, SHOT, DIM = 3, 2, 16
 SETTINGS = TrainConfig(iterations=160, batch_size=8, ema_decay=0.9, ema_start=20, checkpoint_every=50)
 RAY = RayConfig(num_workers=2, num_actors=0)
-
-
-def batches(ranks: Ranks, start: int) -> Iterator[tuple[Tensor, Support]]:
-    share = ranks.share(SETTINGS.batch_size)
-    for iteration in count(start):
-        generator = torch.Generator().manual_seed(iteration)
-        w_0 = 0.1 * torch.randn(SETTINGS.batch_size, WAY, DIM, generator=generator)
-        features = w_0.repeat_interleave(SHOT, 1) + 0.05 * torch.randn(SETTINGS.batch_size, WAY * SHOT, DIM, generator=generator)
-        labels = torch.arange(WAY).repeat_interleave(SHOT).expand(SETTINGS.batch_size, -1)
-        yield w_0[share], Support(features, labels, WAY)[share]
 
 
 def loop(ranks: Ranks, folder: Path, pause: float = 0.0, dies_at: int | None = None, storage: Path | None = None, error: str = "") -> None:
     """Train a denoiser; slowly, or with the last rank killed at an iteration with Ray's storage in ruins, or with an error at the end."""
 
     def source(start: int) -> Iterator[tuple[Tensor, Support]]:
-        for iteration, batch in enumerate(batches(ranks, start), start):
+        for iteration, batch in enumerate(batches(ranks, SETTINGS.batch_size, start), start):
             time.sleep(pause)
             if iteration == dies_at and ranks.rank == ranks.world - 1 and not (folder / "died").exists():
                 (folder / "died").write_text(f"{start}")

@@ -4,7 +4,7 @@ import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from metadiff.parallel import ALONE, Ranks
 from metadiff.pretraining import Classifier, PretrainConfig, pretrain
 from metadiff.schedule import Schedule
 from metadiff.training import TrainConfig, train
+from tests.tasks import DIM, batches
 
 WORLD = 2
-WAY, SHOT, DIM = 3, 2, 16
 SCHEDULE = Schedule()
 SETTINGS = TrainConfig(iterations=60, batch_size=8, ema_decay=0.9, ema_start=20, checkpoint_every=50)
 CLASSES, SIZE = 3, 16
@@ -39,22 +39,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def batches(ranks: Ranks, start: int) -> Iterator[tuple[Tensor, Support]]:
-    """A rank's share of targets scattered like small features, and supports scattered around them."""
-    share = ranks.share(SETTINGS.batch_size)
-    for iteration in count(start):
-        generator = torch.Generator().manual_seed(iteration)
-        w_0 = 0.1 * torch.randn(SETTINGS.batch_size, WAY, DIM, generator=generator)
-        features = w_0.repeat_interleave(SHOT, 1) + 0.05 * torch.randn(SETTINGS.batch_size, WAY * SHOT, DIM, generator=generator)
-        labels = torch.arange(WAY).repeat_interleave(SHOT).expand(SETTINGS.batch_size, -1)
-        yield w_0[share], Support(features, labels, WAY)[share]
-
-
 def train_one(folder: Path, ranks: Ranks, name: str, stop: int | None = None, preset: str = "stable", seed: int = 0) -> None:
     """Train a denoiser; with `stop`, die in all ranks after so many iterations."""
 
     def source(start: int) -> Iterator[tuple[Tensor, Support]]:
-        yield from islice(batches(ranks, start), stop)
+        yield from islice(batches(ranks, SETTINGS.batch_size, start), stop)
         raise KeyboardInterrupt
 
     denoiser = build_denoiser(DenoiserConfig(**PRESETS[preset]), DIM, PrototypeLearner(), SCHEDULE, seed=seed)
@@ -65,7 +54,7 @@ def train_to_nan(folder: Path, ranks: Ranks) -> str:
     """The error where the last rank's targets alone are no numbers."""
 
     def source(start: int) -> Iterator[tuple[Tensor, Support]]:
-        for w_0, support in batches(ranks, start):
+        for w_0, support in batches(ranks, SETTINGS.batch_size, start):
             yield w_0 * (float("nan") if ranks.rank == ranks.world - 1 else 1.0), support
 
     denoiser = build_denoiser(DenoiserConfig(), DIM, PrototypeLearner(), SCHEDULE)
