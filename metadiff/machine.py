@@ -37,6 +37,12 @@ def set_up(machine: MachineConfig) -> torch.device:
     return torch.device("cuda" if available and machine.device != "cpu" else "cpu")
 
 
+def return_freed_memory() -> None:
+    """Give the kernel back what `set_up` has glibc keep: after work whose arrays differ in size, which leaves holes between them."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _keep_freed_memory() -> None:
     """Let glibc reuse freed blocks rather than return them to the kernel.
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from metadiff.arrays import create_array
@@ -23,14 +22,20 @@ from metadiff.artifact import Artifact, write_atomically
 from metadiff.config import config
 from metadiff.episodes import EpisodeSampler
 from metadiff.errors import UserError
-from metadiff.lbfgs import minimise
-from metadiff.learners import Learner, PrototypeLearner, Support
+from metadiff.grouped import ClassFeatures, GroupedObjective
+from metadiff.lbfgs import Minimum, minimise
+from metadiff.learners import Learner, PrototypeLearner
+from metadiff.machine import return_freed_memory
 
 SUMMARY = "targets.json"
 DIAGNOSTICS = [("objective", "f4"), ("gradient_norm", "f4"), ("iterations", "i4"), ("accuracy", "f4")]
 """The fields of `diagnostics.npy`."""
 DTYPES: Mapping[str, type] = {"fp16": np.float16, "fp32": np.float32}
 _ROWS = 1024
+_BLOCK = 1024
+_NEARLY = 3
+_VECTORS, _MARGINS = 40, 4
+"""Arrays of the weights' and of the margins' size that a fit holds at its peak, and half as much again that the allocator cannot reuse."""
 
 
 @config
@@ -48,8 +53,13 @@ class TargetsConfig:
     std: Annotated[float, Field(gt=0)] | None = 0.1
     """Scale a linear learner's targets to this standard deviation per element; prototypes keep the features' scale."""
     dtype: Literal["fp16", "fp32"] = "fp32"
-    block: Annotated[int, Field(gt=0)] = 16
-    """Tasks fitted at once: they hold block x N x M x D floats, under the cosine three times."""
+    gap: Annotated[float, Field(ge=0)] = 0.0
+    """A linear learner's fit has converged as well when its loss is within this of the least, by ||gradient||^2 / (2 l2)."""
+    products: Literal["mixed", "full"] = "mixed"
+    """`mixed` rounds the factors of matrix products to bfloat16 (TF32 on CUDA) on the way, where the hardware is faster at that; the end
+    is computed, and judged, in float32 either way."""
+    memory_gb: Annotated[float, Field(gt=0)] = 2.0
+    """For the tasks that are fitted at once, beside the features: as many as there is room for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +149,10 @@ def summarise(folder: Path, learner: Learner, settings: TargetsConfig) -> dict[s
     summary: dict[str, Any] = {"tasks": len(classes), "scale": target_scale(targets, learner, settings)}
     if settings.kind == "ce":
         diagnostics = np.load(folder / "diagnostics.npy", mmap_mode="r")
-        summary["unconverged"] = int((diagnostics["gradient_norm"] > settings.tolerance).sum())
+        unconverged = diagnostics["gradient_norm"] > settings.tolerance
+        if settings.gap and not isinstance(learner, PrototypeLearner):
+            unconverged &= diagnostics["iterations"] >= settings.max_iterations  # the others were close enough by the gap
+        summary["unconverged"] = int(unconverged.sum())
         summary |= {f"mean_{name}": float(diagnostics[name].mean(dtype=np.float64)) for name, _ in DIAGNOSTICS}
     write_atomically(folder / SUMMARY, json.dumps(summary).encode())
     return summary
@@ -160,32 +173,90 @@ def class_means(features: Tensor, offsets: np.ndarray) -> Tensor:
     return means
 
 
-def fit_targets(
-    features: Tensor, offsets: np.ndarray, classes: np.ndarray, learner: Learner, settings: TargetsConfig, first_task: int = 0
-) -> FittedTargets:
-    """Minimise the learner's cross-entropy on all images of each task's classes, from the class means on.
-
-    The cosine leaves the prototypes' lengths open: without a pull they keep those of the class means. Fits that do not converge,
-    as on separable classes under dot or Euclidean logits without a pull, are returned as they are.
+class TargetSolver:
+    """Fits targets of any number of tasks on the base classes, whose features it holds.
 
     Args:
-        features: (n, D) float, transformed, sorted by class.
+        features: (n, D) float, transformed, sorted by class; the fits run on their device.
         offsets: (C + 1,) where each class begins.
-        classes: (B, N).
-        first_task: the id of the first task, for the error.
 
     Raises:
-        UserError: the settings do not suit the learner, or the loss is not finite at the class means.
+        UserError: the settings do not suit the learner.
     """
-    check_targets(settings, learner)
-    support = _auxiliary(features, offsets, classes)
-    fit = minimise(_Objective(learner, support, settings.pull), support.means, settings.tolerance, settings.max_iterations)
-    bad = (~(fit.loss.flatten() + fit.gradient_norm).isfinite()).nonzero().flatten().tolist()
-    if bad:
-        tasks = f"tasks {[first_task + task for task in bad[:5]]} ({len(bad)} in all)"
-        raise UserError(f"targets of {tasks}: the loss is not finite; check features.std and the features of their classes")
-    hits = (learner.logits(fit.w, support.features).argmax(-1) == support.labels).sum(1) / support.size
-    return FittedTargets(fit.w, fit.loss.flatten(), fit.gradient_norm, fit.evaluations, hits)
+
+    def __init__(self, features: Tensor, offsets: np.ndarray, learner: Learner, settings: TargetsConfig) -> None:
+        check_targets(settings, learner)
+        self.learner, self.settings = learner, settings
+        self.data = ClassFeatures(features, offsets, isinstance(learner, PrototypeLearner) and learner.kind == "cosine")
+        self.reduced = settings.products == "mixed" and _has_fast_products(features.device)
+
+    def fit(self, classes: np.ndarray, first_task: int = 0) -> FittedTargets:
+        """Minimise the learner's cross-entropy on all images of each task's classes (B, N), within `memory_gb`.
+
+        The cosine leaves the prototypes' lengths open: without a pull they keep those of the class means. Fits that do not converge,
+        as on separable classes under dot or Euclidean logits without a pull, are returned as they are.
+
+        Args:
+            first_task: the id of the first task, for the error.
+
+        Raises:
+            UserError: the loss is not finite at the start.
+        """
+        size = tasks_at_once(classes.shape[1], self.data.x.shape[1], int(self.data.sizes.max()), self.settings)
+        parts = [self._fit_together(classes[start : start + size]) for start in range(0, len(classes), size)]
+        fitted = FittedTargets(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+        bad = (~(fitted.objective + fitted.gradient_norm).isfinite()).nonzero().flatten().tolist()
+        if bad:
+            tasks = f"tasks {[first_task + task for task in bad[:5]]} ({len(bad)} in all)"
+            raise UserError(f"targets of {tasks}: the loss is not finite; check features.std and the features of their classes")
+        return fitted
+
+    def _fit_together(self, classes: np.ndarray) -> FittedTargets:
+        """Where rounded products are faster, with them as far as they lead, and for the last bit corrected; then in full."""
+        of_tasks, most = torch.from_numpy(classes).to(self.data.x.device), self.settings.max_iterations
+        exact = self._objective(of_tasks)
+        found, left = Minimum.nowhere(exact.start), torch.arange(len(classes), device=of_tasks.device)
+        if self.reduced and most > 1:
+            left = self._descend_rounded(of_tasks, found, left)
+            nearly = exact.largest(found.gradient[left]) <= _NEARLY * self.settings.tolerance
+            left = torch.cat([left[~nearly], self._descend_rounded(of_tasks, found, left[nearly])])
+        spent = int(found.evaluations.max())
+        if len(left) and spent < most:
+            here = minimise(self._objective(of_tasks[left]), found.w[left], most - spent)
+            here.evaluations += found.evaluations[left]
+            found.put(left, here)
+        w, largest, accuracy = found.w @ self.data.rotation.T, exact.largest(found.gradient), exact.accuracy(found.w)
+        del exact
+        return_freed_memory()
+        return FittedTargets(w, found.loss.flatten(), largest, found.evaluations, accuracy)
+
+    def _descend_rounded(self, of_tasks: Tensor, found: Minimum, left: Tensor) -> Tensor:
+        """Move the tasks `left` on from where they are, and judge them in full precision; returns those that are not there yet."""
+        spent = int(found.evaluations.max())
+        if not len(left) or self.settings.max_iterations - spent < 3:  # one to start from, one to move to, one to judge it
+            return left
+        rounded, exact = self._objective(of_tasks[left], reduced=True), self._objective(of_tasks[left])
+        rounded.aim(found.w[left], found.gradient[left] if spent else None)
+        here = minimise(rounded, found.w[left], self.settings.max_iterations - spent - 1)
+        loss, gradient = exact(here.w)
+        found.put(left, Minimum(here.w, loss, gradient, found.evaluations[left] + here.evaluations + 1))
+        return left[~exact.converged(gradient)]
+
+    def _objective(self, of_tasks: Tensor, reduced: bool = False) -> GroupedObjective:
+        settings = self.settings
+        tolerance = 0.9 * settings.tolerance if reduced else settings.tolerance
+        return GroupedObjective(self.data, of_tasks, self.learner, settings.pull, tolerance, settings.gap, reduced)
+
+
+def tasks_at_once(way: int, dim: int, largest_class: int, settings: TargetsConfig) -> int:
+    """How many tasks `memory_gb` has room for: their weights and L-BFGS's pairs, and the margins and probabilities of all their images."""
+    each = 4 * way * (_VECTORS * dim + _MARGINS * way * largest_class)
+    return max(1, int(settings.memory_gb * 1e9 / each))
+
+
+def _has_fast_products(device: torch.device) -> bool:
+    """Whether products that round their factors are several times faster than those that do not."""
+    return device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def target_scale(w: np.ndarray, learner: Learner, settings: TargetsConfig) -> float:
@@ -196,7 +267,7 @@ def target_scale(w: np.ndarray, learner: Learner, settings: TargetsConfig) -> fl
     if isinstance(learner, PrototypeLearner) or settings.std is None:
         return 1.0
     squares = sum(float(np.square(w[start : start + _ROWS], dtype=np.float64).sum()) for start in range(0, len(w), _ROWS))
-    return settings.std / math.sqrt(squares / w.size)
+    return settings.std / math.sqrt(squares / w.size) if squares else 1.0
 
 
 def _fit_in_blocks(
@@ -208,10 +279,11 @@ def _fit_in_blocks(
         create_array(folder / "targets.npy", DTYPES[settings.dtype], shape)
         create_array(folder / "diagnostics.npy", DIAGNOSTICS, shape[:1])
     targets, diagnostics = (np.load(folder / f"{name}.npy", mmap_mode="r+") for name in ("targets", "diagnostics"))
+    solver = TargetSolver(features, offsets, learner, settings)
     with tqdm(total=len(classes), initial=done, desc="fit targets", unit="task", mininterval=1.0) as progress:
-        for start in range(done, len(classes), settings.block):
-            block = slice(start, min(start + settings.block, len(classes)))
-            fitted = fit_targets(features, offsets, classes[block], learner, settings, start)
+        for start in range(done, len(classes), _BLOCK):
+            block = slice(start, min(start + _BLOCK, len(classes)))
+            fitted = solver.fit(classes[block], start)
             targets[block] = fitted.w.cpu().numpy()
             for name, _ in DIAGNOSTICS:
                 diagnostics[name][block] = getattr(fitted, name).cpu().numpy()
@@ -220,37 +292,6 @@ def _fit_in_blocks(
             # Only now: whoever resumes trusts every task below this number.
             write_atomically(folder / SUMMARY, json.dumps({"tasks": block.stop}).encode())
             progress.update(block.stop - start)
-
-
-def _auxiliary(features: Tensor, offsets: np.ndarray, classes: np.ndarray) -> Support:
-    """D_base^tau: all images of each task's classes, (B, N x M) of them whichever the tasks, padded with copies."""
-    sizes = np.diff(offsets)
-    places = np.arange(sizes.max())
-    rows = offsets[classes][..., None] + np.minimum(places, sizes[classes][..., None] - 1)
-    labels = np.where(places < sizes[classes][..., None], np.arange(classes.shape[1])[:, None], -1)
-    rows, labels = (torch.from_numpy(array.reshape(len(classes), -1)).to(features.device) for array in (rows, labels))
-    return Support(features[rows], labels, classes.shape[1])
-
-
-class _Objective:
-    """The loss of B tasks on all their images, with the pull to the class means."""
-
-    def __init__(self, learner: Learner, support: Support, pull: float) -> None:
-        self.learner, self.support, self.pull = learner, support, pull
-        self.lengths_open = isinstance(learner, PrototypeLearner) and learner.kind == "cosine" and pull == 0
-
-    def __call__(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        away = w - self.support.means
-        loss = self.learner.ce_loss(w, self.support) + self.pull / 2 * away.square().sum((1, 2))
-        return loss[:, None, None], self.learner.ce_gradient(w, self.support) + self.pull * away
-
-    def __getitem__(self, problems: Tensor) -> "_Objective":
-        support = Support(self.support.features[problems], self.support.labels[problems], self.support.way)
-        return _Objective(self.learner, support, self.pull)
-
-    def place(self, w: Tensor) -> Tensor:
-        """On the sphere of the class means' lengths where the loss leaves them open."""
-        return F.normalize(w, dim=-1) * self.support.means.norm(dim=-1, keepdim=True) if self.lengths_open else w
 
 
 def check_targets(settings: TargetsConfig, learner: Learner) -> None:

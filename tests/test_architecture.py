@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # The flow: each place imports only from those before it. A package counts as one place.
 ORDER = (
     *("errors", "config", "machine", "arrays", "artifact", "parallel", "checkpoint", "metrics", "datasets", "backbones", "images"),
-    *("pretraining", "features", "episodes", "episode_images", "learners", "lbfgs", "targets", "schedule", "tcunet", "denoiser"),
+    *("pretraining", "features", "episodes", "episode_images", "learners", "lbfgs", "grouped", "targets", "schedule", "tcunet", "denoiser"),
     *("diffusion", "samplers", "training", "evaluation", "estimator", "rivals", "report", "presets", "pipeline", "reporting"),
     *("scoring", "stages", "preflight", "command", "__main__", "__init__"),
 )
