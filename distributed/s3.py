@@ -1,10 +1,12 @@
 """Files in an S3 bucket, or in a service that speaks the same protocol. Needs boto3, which finds credentials and region as ever."""
 
+import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from distributed.blobs import StoreUnavailable
 from metadiff.errors import UserError
 
 _CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "InvalidClientTokenId", "AuthFailure"}
@@ -17,12 +19,10 @@ _ADVICE = {
     **dict.fromkeys(_REGION, "set AWS_DEFAULT_REGION to the bucket's region"),
 }
 _PASSING = {"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
-_CONFLICT, _PRECONDITION_FAILED = 409, 412
+_NOT_FOUND, _CONFLICT, _PRECONDITION_FAILED = 404, 409, 412
 _TRIES = 6
-
-
-class StoreUnavailable(UserError):
-    """The service does not answer, or answers with its own failure, however often asked: later it may again."""
+_PART_BYTES, _MOST_PARTS = 16 * 2**20, 10_000
+"""What S3 takes: parts of 5 MiB and more, and no more than so many."""
 
 
 class S3Blobs:
@@ -41,19 +41,35 @@ class S3Blobs:
         with self._explained():
             self._quick.list_objects_v2(Bucket=self.bucket, Prefix=self._key(""), MaxKeys=1)
 
-    def get(self, name: str, limit: int | None = None) -> bytes | None:
+    def probe(self) -> None:
+        """See `Blobs`."""
+        self.prepare()
+
+    def get(self, name: str, start: int = 0, stop: int | None = None) -> bytes | None:
         """See `Blobs`."""
         from botocore.exceptions import ClientError
 
-        span = {"Range": f"bytes=0-{limit - 1}"} if limit else {}
+        span = {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"} if start or stop is not None else {}
         with self._explained():
             try:
                 return self._download(name, span)
             except ClientError as error:
                 if error.response["Error"]["Code"] == "NoSuchKey":
                     return None
-                if error.response["Error"]["Code"] == "InvalidRange":  # of an empty object
+                if error.response["Error"]["Code"] == "InvalidRange":  # nothing there
                     return b""
+                raise
+
+    def size(self, name: str) -> int | None:
+        """See `Blobs`."""
+        from botocore.exceptions import ClientError
+
+        with self._explained():
+            try:
+                return self._patient.head_object(Bucket=self.bucket, Key=self._key(name))["ContentLength"]
+            except ClientError as error:
+                if _status(error.response) == _NOT_FOUND:
+                    return None
                 raise
 
     def put_new(self, name: str, content: bytes) -> bool:
@@ -79,6 +95,25 @@ class S3Blobs:
         """See `Blobs`."""
         with self._explained():
             self._patient.put_object(Bucket=self.bucket, Key=self._key(name), Body=content)
+
+    @contextmanager
+    def writing(self, name: str, size: int) -> Iterator[Callable[[bytes], object]]:
+        """See `Blobs`: an upload in parts. What a killed one leaves is invisible, but paid for until the bucket's lifecycle removes it."""
+        with self._explained():
+            part_bytes = max(_PART_BYTES, math.ceil(size / _MOST_PARTS))
+            upload = _Upload(self._patient, {"Bucket": self.bucket, "Key": self._key(name)}, part_bytes)
+
+        def write(piece: bytes) -> None:
+            with self._explained():
+                upload.write(piece)
+
+        try:
+            yield write
+            with self._explained():
+                upload.complete(size)
+        except BaseException:
+            upload.abort()
+            raise
 
     def sizes(self) -> dict[str, int]:
         """See `Blobs`."""
@@ -144,6 +179,52 @@ class S3Blobs:
             return StoreUnavailable(f"store {self.where}: the service fails ({code} {message}); start again later to go on")
         advice = _ADVICE.get(code, "check store.url and store.endpoint_url")
         return UserError(f"store {self.where}: refused ({code}: {message}); {advice}")
+
+
+class _Upload:
+    """An object on its way in parts: in place when it is completed, one part of it in memory."""
+
+    def __init__(self, client: Any, place: Mapping[str, str], part_bytes: int) -> None:
+        self.client, self.part_bytes = client, part_bytes
+        self.place = {**place, "UploadId": client.create_multipart_upload(**place)["UploadId"]}
+        self.parts: list[dict[str, Any]] = []
+        self.waiting, self.size = bytearray(), 0
+
+    def write(self, piece: bytes) -> None:
+        self.waiting += piece
+        while len(self.waiting) >= self.part_bytes:
+            self._send(self.part_bytes)
+
+    def complete(self, size: int) -> None:
+        from botocore.exceptions import ClientError
+
+        if self.waiting or not self.parts:
+            self._send(len(self.waiting))
+        assert self.size == size, f"{self.place['Key']}: {self.size} bytes written, {size} announced"
+        try:
+            self.client.complete_multipart_upload(**self.place, MultipartUpload={"Parts": self.parts})
+        except ClientError as error:
+            # A request that is repeated because its answer was lost finds its upload gone, and its object there.
+            if error.response["Error"]["Code"] != "NoSuchUpload" or not self._is_there():
+                raise
+
+    def _is_there(self) -> bool:
+        place = {key: self.place[key] for key in ("Bucket", "Key")}
+        return self.client.head_object(**place)["ContentLength"] == self.size
+
+    def abort(self) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        with suppress(BotoCoreError, ClientError):
+            self.client.abort_multipart_upload(**self.place)
+
+    def _send(self, num_bytes: int) -> None:
+        number, part = len(self.parts) + 1, bytes(self.waiting[:num_bytes])
+        answer = self.client.upload_part(**self.place, PartNumber=number, Body=part)
+        checksums = {name: value for name, value in answer.items() if name.startswith("Checksum") and name != "ChecksumType"}
+        self.parts.append({"PartNumber": number, "ETag": answer["ETag"], **checksums})
+        self.size += num_bytes
+        del self.waiting[:num_bytes]
 
 
 def _status(response: Mapping[str, Any]) -> int:

@@ -10,10 +10,24 @@ import safetensors.numpy
 from safetensors.torch import save
 from torch import Tensor
 
+from metadiff.errors import UserError
+
 HEADER_BYTES = 4096
 """The label and the shapes lie within the first of them."""
 
 _UNSIGNED = "0" * 64
+
+
+class BadShard(ValueError):
+    """A shard that is truncated, altered, or another's; the message says what is wrong with it."""
+
+
+class DamagedShards(UserError):
+    """Some shards are missing, truncated, altered or foreign: fit `blocks` again."""
+
+    def __init__(self, message: str, blocks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.blocks = blocks
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +38,13 @@ class Shard:
         first: id of its first task.
         last: id of its last task.
         tensors: by name, (B, ...) each, B = last - first + 1.
+        content: the file.
     """
 
     first: int
     last: int
     tensors: dict[str, np.ndarray]
+    content: bytes
 
 
 def pack(identity: str, block: int, first: int, last: int, tensors: Mapping[str, Tensor]) -> bytes:
@@ -48,36 +64,45 @@ def unpack(content: bytes, identity: str, block: int) -> Shard:
     """What `pack` made bytes of, checked bit by bit.
 
     Raises:
-        ValueError: they are truncated, altered, of another block or of another store; the message says which.
+        BadShard: they are truncated, altered, of another block or of another store.
     """
-    label, size = read_label(content)
-    if len(content) != size:
-        raise ValueError(f"has {len(content)} bytes, its header says {size}")
+    label = _read_label(content, len(content))
     signature = label["sha256"].encode()
     place = content.find(signature, 0, HEADER_BYTES)
     unsigned = hashlib.sha256(content[:place] + _UNSIGNED.encode())
     unsigned.update(memoryview(content)[place + len(signature) :])
     if unsigned.hexdigest() != label["sha256"]:
-        raise ValueError("does not match its checksum")
-    if label["identity"] != identity or label["block"] != f"{block:08d}":
-        raise ValueError("belongs to another store or block")
+        raise BadShard("does not match its checksum")
+    _check_owner(label, identity, block)
     first, last = label["tasks"].split("-")
-    return Shard(int(first), int(last), safetensors.numpy.load(content))
+    return Shard(int(first), int(last), safetensors.numpy.load(content), content)
 
 
-def read_label(head: bytes) -> tuple[dict[str, str], int]:
-    """The label, not yet verified, and the size in bytes of the shard that begins with `head`.
+def check_head(head: bytes, size: int, identity: str, block: int) -> None:
+    """As far as can be told from a file's first `HEADER_BYTES` and its size, whether it is what `pack` made.
 
     Raises:
-        ValueError: it does not begin like a shard.
+        BadShard: it is not.
     """
+    _check_owner(_read_label(head, size), identity, block)
+
+
+def _check_owner(label: Mapping[str, str], identity: str, block: int) -> None:
+    if label["identity"] != identity or label["block"] != f"{block:08d}":
+        raise BadShard("belongs to another store or block")
+
+
+def _read_label(head: bytes, size: int) -> dict[str, str]:
+    """The label, not yet verified, of a file of `size` bytes that begins with `head`."""
     try:
         length = int.from_bytes(head[:8], "little")
         header = json.loads(head[8 : 8 + length])
         label = json.loads(header.pop("__metadata__")["shard"])
-        ends = [tensor["data_offsets"][1] for tensor in header.values()]
+        expected = 8 + length + max(tensor["data_offsets"][1] for tensor in header.values())
         if not all(isinstance(label[key], str) for key in ("identity", "block", "tasks", "sha256")):
             raise TypeError
-        return label, 8 + length + max(ends)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise ValueError("is not a shard, or has a damaged header") from None
+        raise BadShard("is not a shard, or has a damaged header") from None
+    if size != expected:
+        raise BadShard(f"has {size} bytes, its header says {expected}")
+    return label

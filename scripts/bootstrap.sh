@@ -54,5 +54,5 @@ missing=$(missing_packages)
 # An environment that never got its stamp was cut short: start it afresh.
 [[ -e .venv/.installed ]] || "$python" -m venv --clear .venv
 rm -f .venv/.installed
-.venv/bin/python -m pip install --no-user --constraint constraints.txt --editable ".[ray,ffcv,s3,dev]"
+.venv/bin/python -m pip install --no-user --constraint constraints.txt --editable ".[ray,ffcv,s3,gcs,dev]"
 touch .venv/.installed

@@ -1,15 +1,20 @@
-"""Places for stores: a folder, and moto's S3 in a thread."""
+"""Places for stores: a folder, moto's S3 and an emulator's Cloud Storage, each in a thread."""
 
 import functools
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.distributed.stores import Place, Service, make_bucket
+
+if TYPE_CHECKING:
+    from tests.distributed.gcs_service import GcsService
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +56,37 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> None:
 def bucket(service: tuple[Service, str], aws: None, request: pytest.FixtureRequest) -> Place:
     service[0].faults.clear()
     make_bucket(service[1], "targets")
-    prefix = "".join(letter for letter in request.node.name if letter.isalnum())
-    return Place(f"s3://targets/{prefix}/fits", service[1])
+    return Place(f"s3://targets/{_prefix(request)}/fits", service[1])
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(scope="module")
+def google() -> Iterator["GcsService"]:
+    pytest.importorskip("gcp_storage_emulator", reason="pip install gcp-storage-emulator")
+    with warnings.catch_warnings():
+        # Google's client would like to be installed with gRPC's error messages.
+        warnings.simplefilter("ignore", ImportWarning)
+        pytest.importorskip("google.cloud.storage", reason="pip install 'metadiff[gcs]'")
+    from tests.distributed.gcs_service import GcsService
+
+    service = GcsService()
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def google_bucket(google: "GcsService", monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Place:
+    google.faults.clear()
+    google.make_bucket("targets")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", google.url)
+    return Place(f"gs://targets/{_prefix(request)}/fits")
+
+
+@pytest.fixture(params=["folder", "s3", "gs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return request.getfixturevalue("bucket") if request.param == "s3" else Place(str(tmp_path / "deep" / "store"))
+    if request.param == "folder":
+        return Place(str(tmp_path / "deep" / "store"))
+    return request.getfixturevalue({"s3": "bucket", "gs": "google_bucket"}[request.param])
+
+
+def _prefix(request: pytest.FixtureRequest) -> str:
+    return "".join(letter for letter in request.node.name if letter.isalnum())

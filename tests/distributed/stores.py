@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distributed.store import TargetStore
 
-MINE = {"targets": {"kind": "ce", "tolerance": 1e-5}, "features": "f" * 64, "block": 4, "num_tasks": 10}
-OTHER = {**MINE, "targets": {"kind": "ce", "tolerance": 1e-6}}
+MINE = {"config": {"targets": {"kind": "ce", "tolerance": 1e-5, "num_tasks": 10}, "store": {"block": 4}}, "features": "f" * 64}
+OTHER = {**MINE, "config": {**MINE["config"], "targets": {**MINE["config"]["targets"], "tolerance": 1e-6}}}
 BLOCKS = {0: (0, 3), 1: (4, 7), 2: (8, 9)}
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from distributed.blobs import FolderBlobs, open_blobs
-from distributed.store import IDENTITY, TargetStore
+from distributed.identity import IDENTITY
+from distributed.store import TargetStore
 from metadiff.errors import UserError
 from tests.distributed.stores import BLOCKS, MINE, OTHER, Place, commit, content, filled, name, raising, same
 
@@ -25,9 +26,9 @@ ROOT = Path(__file__).parents[2]
 RACERS = 8
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/store", "s3://", "s3:///prefix", "http://host/store", "s3://bucket/p?region=eu"])
+@pytest.mark.parametrize("url", ["abfs://bucket/store", "s3://", "gs://", "s3:///prefix", "http://host/store", "s3://bucket/p?region=eu"])
 def test_other_services_are_refused(url: str) -> None:
-    with pytest.raises(UserError, match=r"store\.url='.*': expected a folder or s3://bucket/prefix"):
+    with pytest.raises(UserError, match=r"store\.url='.*': expected a folder, s3://bucket/prefix or gs://bucket/prefix;"):
         open_blobs(url)
 
 
@@ -186,5 +187,5 @@ def test_a_file_in_the_folders_place(tmp_path: Path, inside: str) -> None:
 def test_folder_blobs_read_no_more_than_asked(tmp_path: Path) -> None:
     blobs = FolderBlobs(tmp_path)
     blobs.put("file", b"0123456789")
-    assert blobs.get("file", 4) == b"0123"
-    assert blobs.get("none", 4) is None
+    assert blobs.get("file", stop=4) == b"0123"
+    assert blobs.get("none", stop=4) is None

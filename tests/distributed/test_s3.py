@@ -7,8 +7,9 @@ import pytest
 
 from distributed import s3
 from distributed.blobs import open_blobs
+from distributed.identity import IDENTITY
 from distributed.s3 import S3Blobs, StoreUnavailable
-from distributed.store import IDENTITY, TargetStore
+from distributed.store import TargetStore
 from metadiff.errors import UserError
 from tests.distributed.stores import BLOCKS, MINE, Place, Service, commit, filled, make_bucket, name, same
 

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from distributed.finalize import finalize
+from distributed.identity import IDENTITY
 from distributed.shard import pack
-from distributed.store import IDENTITY, DamagedShards, StoreConfig, TargetStore, compact
+from distributed.store import DamagedShards, StoreConfig, TargetStore, compact
+from metadiff import targets
 from metadiff.artifact import digest
 from metadiff.config import validate
 from metadiff.episodes import EpisodeSampler
 from metadiff.errors import UserError
 from metadiff.learners import LearnerConfig, build_learner
-from metadiff.targets import DIAGNOSTICS, TargetsConfig, fit_targets, write_targets
+from metadiff.targets import DIAGNOSTICS, TargetsConfig, TargetSolver, write_targets
 from tests.distributed.stores import BLOCKS, MINE, OTHER, Place, commit, content, filled, flipped, name, raising, same, tensors
 
 DAMAGE: dict[str, Callable[[TargetStore], bytes]] = {
@@ -42,6 +45,7 @@ def test_what_is_committed_is_read_back(place: Place) -> None:
     assert store.missing(3) == [0, 1, 2]
     assert commit(store, 1)
     assert store.missing(3) == [0, 2]
+    assert [store.has(block) for block in BLOCKS] == [False, True, False]
     assert same(store.read(1), 1)
     shard = store.shard(1)
     assert (shard.first, shard.last) == (4, 7)
@@ -69,6 +73,7 @@ def test_a_damaged_shard_is_told_and_mended(place: Place) -> None:
             store.read(1)
         assert caught.value.blocks == (1,)
         assert (damage, store.missing(3)) == (damage, [1] if damage in SEEN_BY_SIZE else [])
+        assert (damage, store.has(1)) == (damage, damage == "flipped byte")
         assert commit(store, 1)
         assert content(store, 1) == whole
         assert not commit(store, 1)
@@ -103,15 +108,23 @@ def test_another_identity_is_refused(place: Place) -> None:
     store = filled(place.store())
     with pytest.raises(UserError) as caught:
         place.store(OTHER)
-    message = f"store {store.blobs.where}: made with targets.tolerance=1e-05, this configuration says 1e-06; "
+    message = f"store {store.blobs.where}: made with config.targets.tolerance=1e-05, this configuration says 1e-06; "
     assert str(caught.value) == message + "choose another store.url, or delete that store"
-    with pytest.raises(UserError, match=r"made with block=4, .* says 5 \(and 2 more keys differ\)"):
-        place.store({**OTHER, "block": 5, "new": None, "features": "0"})
+    with pytest.raises(UserError, match=r"made with config\.store\.block=4, .* says 5 \(and 2 more keys differ\)"):
+        place.store({**MINE, "config": {**MINE["config"], "store": {"block": 5}}, "new": 1, "features": "0"})
     assert place.store().missing(3) == []
 
 
+def test_what_is_no_option_by_its_name_is_told_by_the_option(tmp_path: Path) -> None:
+    TargetStore.open(tmp_path, {**MINE, "threads": 1})
+    with pytest.raises(UserError, match=r"made with threads=1, this configuration says 2; set ray\.cpus_per_worker .*as then, choose"):
+        TargetStore.open(tmp_path, {**MINE, "threads": 2})
+
+
 def test_fresh_empties_a_store_and_nothing_else(place: Place) -> None:
-    filled(place.store()).blobs.put("notes.txt", b"mine")
+    store = filled(place.store())
+    finalize(store)
+    store.blobs.put("notes.txt", b"mine")
     store = place.store(OTHER, fresh=True)
     assert store.missing(3) == [0, 1, 2]
     assert set(store.blobs.sizes()) == {IDENTITY, "notes.txt"}
@@ -129,7 +142,7 @@ def test_a_store_whose_emptying_is_killed_is_still_the_same(tmp_path: Path, monk
         patch.setattr(Path, "unlink", killed)
         with pytest.raises(KeyboardInterrupt):
             TargetStore.open(tmp_path, OTHER, fresh=True)
-    with pytest.raises(UserError, match=r"made with targets.tolerance=1e-05"):
+    with pytest.raises(UserError, match=r"made with config.targets.tolerance=1e-05"):
         TargetStore.open(tmp_path, OTHER)
     assert len(store.missing(3)) == 2
 
@@ -157,18 +170,19 @@ def test_a_damaged_identity_is_refused(tmp_path: Path, damage: Callable[[bytes],
     assert TargetStore.open(tmp_path, MINE).missing(3) == []
 
 
-def test_compacted_targets_are_those_of_one_process(place: Place, tmp_path: Path) -> None:
+def test_compacted_targets_are_those_of_one_process(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_BLOCK", 4)
     rng = np.random.default_rng(0)
     features = torch.from_numpy(rng.standard_normal((60, 8)).astype(np.float32))
-    offsets, settings = np.arange(0, 61, 10), TargetsConfig(kind="ce", num_tasks=10, pull=0.1, dtype="fp16", block=4, max_iterations=5)
+    offsets, settings = np.arange(0, 61, 10), TargetsConfig(kind="ce", num_tasks=10, pull=0.1, dtype="fp16", max_iterations=5)
     sampler, learner = EpisodeSampler(offsets, 3, 1, 1, 0, "base"), build_learner(LearnerConfig())
     (tmp_path / "one").mkdir()
     write_targets(tmp_path / "one", features, offsets, sampler, learner, settings)
 
-    store, classes = place.store(), sampler.classes(np.arange(10))
+    store, classes, solver = place.store(), sampler.classes(np.arange(10)), TargetSolver(features, offsets, learner, settings)
     for block, (first, last) in BLOCKS.items():
         part = classes[first : last + 1]
-        fit = fit_targets(features, offsets, part, learner, settings, first)
+        fit = solver.fit(part, first)
         diagnostics = {name: getattr(fit, name) for name, _ in DIAGNOSTICS}
         store.commit(block, {"targets": fit.w.half(), "classes": torch.from_numpy(part), **diagnostics}, first, last)
     (tmp_path / "many").mkdir()
@@ -197,6 +211,13 @@ def test_compaction_names_every_damaged_block(place: Place, tmp_path: Path) -> N
         assert commit(store, block)
     compact(store, 3, tmp_path)
     assert np.array_equal(np.load(tmp_path / "targets.npy"), np.concatenate([tensors(block)["targets"] for block in BLOCKS]))
+
+
+def test_what_a_killed_compaction_left_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / f"targets.npy.{'0' * 32}.tmp"
+    left.touch()
+    compact(filled(TargetStore.open(tmp_path / "store", MINE)), 3, tmp_path)
+    assert not left.exists()
 
 
 def test_compaction_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
