@@ -1,20 +1,13 @@
-"""Blocks of work dealt out to Ray actors, which may die."""
+"""What runs in a Ray actor's process: a worker, built once, that does one block after another."""
 
 import io
-import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from typing import Any, NamedTuple, Protocol
 
-from tqdm import tqdm
-
-from distributed.scheduling import Dispatcher
 from metadiff.errors import DISK_TROUBLE, UserError
 from metadiff.machine import MachineConfig, set_up
-from metadiff.pipeline import say
-
-_PATIENCE_SECONDS = 60.0
 
 
 class Worker(Protocol):
@@ -25,136 +18,64 @@ class Worker(Protocol):
         ...
 
 
-class WorkFailed(RuntimeError):
-    """Blocks failed too often; the message ends with the worker's traceback of the last failure."""
+class Outcome(NamedTuple):
+    """What came of a call: errors are values here, free of Ray's wrapping.
 
-
-class _Outcome(NamedTuple):
-    result: Any
-    error: UserError | OSError | str | None
-    said: str
-
-
-class _Actor:
-    """Runs in an actor's process; errors and what was written to stderr go home as values, free of Ray's wrapping."""
-
-    def __init__(self, work: tuple[type[Worker], Sequence[Any]], num_threads: int) -> None:
-        set_up(MachineConfig(num_threads=num_threads))
-        self.worker_class, self.arguments = work
-        self.worker: Worker | None = None
-
-    def run(self, block: Any) -> _Outcome:
-        with redirect_stderr(io.StringIO()) as said:
-            try:
-                # Here rather than in the constructor, whose errors Ray would report as the actor's death.
-                if self.worker is None:
-                    self.worker = self.worker_class(*self.arguments)
-                return _Outcome(self.worker.run(block), None, said.getvalue())
-            except UserError as error:
-                return _Outcome(None, error, said.getvalue())
-            except OSError as error:
-                return _Outcome(None, error if error.errno in DISK_TROUBLE else traceback.format_exc(), said.getvalue())
-            except Exception:
-                return _Outcome(None, traceback.format_exc(), said.getvalue())
-
-
-class Crew:
-    """Actors at work on blocks, and the calls under way: in the process that is connected to Ray.
-
-    A dead actor is replaced by a new one rather than restarted by Ray, which refuses calls while it does so.
+    Attributes:
+        result: what the worker returned.
+        error: what the user should know, as it was raised; of anything else the traceback.
+        said: what was written to stderr.
     """
 
-    def __init__(
-        self, worker_class: type[Worker], arguments: Sequence[Any], dispatcher: Dispatcher, num_cpus: int, num_gpus: float
-    ) -> None:
-        import ray
-        import ray.exceptions
+    result: Any = None
+    error: UserError | OSError | str | None = None
+    said: str = ""
 
-        self.ray, self.errors = ray, ray.exceptions
-        self.dispatcher, self.num_threads = dispatcher, num_cpus
-        self.work = ray.put((worker_class, tuple(arguments)))
-        self.actor_class = ray.remote(_Actor).options(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0)
-        self.actors: dict[int, Any] = {}
-        self.calls: dict[Any, tuple[int, Any]] = {}
-        self.hired = 0
 
-    def results(self, num_actors: int) -> Iterator[tuple[Any, Any]]:
-        """Each block with its result, until all are finished or given up.
+class Actor:
+    """A worker in a process of its own, or in the driver's.
 
-        Raises:
-            UserError, OSError: what a worker raised, as it was; of an OSError, disk space and permissions.
-            WorkFailed: blocks were given up, or an actor cannot be started.
+    Args:
+        work: the worker's class and its arguments.
+    """
+
+    def __init__(self, work: tuple[type[Worker], Sequence[Any]]) -> None:
+        self._class, self._arguments = work
+        self._worker: Worker | None = None
+
+    def prepare(self, num_threads: int) -> Outcome:
+        """Build the worker; the result is the id of the node that this is on.
+
+        Not in the constructor, whose errors Ray would report as the actor's death.
         """
-        for _ in range(num_actors):
-            self._hire()
-        patience = _PATIENCE_SECONDS
-        while not self.dispatcher.drained and not self.dispatcher.hopeless:
-            self._feed()
-            ready, _ = self.ray.wait(list(self.calls), timeout=patience)
-            if not ready and not self.dispatcher.finished:
-                say("ray: no actor has finished anything yet; if none can start, the cluster lacks the CPUs or GPUs that ray.* asks for")
-                patience *= 4
-            for call in ready:
-                yield from self._collect(call)
-        if self.dispatcher.poisoned:
-            block, error = next(iter(self.dispatcher.poisoned.items()))
-            more = f" (and {len(self.dispatcher.poisoned) - 1} more)" if len(self.dispatcher.poisoned) > 1 else ""
-            raise WorkFailed(f"block {block}{more} was given up, having failed too often; the last time:\n{error}")
+        import ray
 
-    def dismiss(self) -> None:
-        """Kill all actors."""
-        if self.ray.is_initialized():
-            for number in list(self.actors):
-                self._dismiss(number)
+        with redirect_stderr(io.StringIO()) as said:
+            set_up(MachineConfig(num_threads=num_threads))
+            outcome = self._attempt(self._build)
+            return Outcome(ray.get_runtime_context().get_node_id(), outcome.error, said.getvalue())
 
-    def _hire(self) -> None:
-        self.actors[self.hired] = self.actor_class.remote(self.work, self.num_threads)
-        self.hired += 1
+    def run(self, block: Any) -> Outcome:
+        """Do a block."""
+        with redirect_stderr(io.StringIO()) as said:
+            return self.run_aloud(block)._replace(said=said.getvalue())
 
-    def _dismiss(self, number: int) -> None:
-        self.ray.kill(self.actors.pop(number))
-        self.calls = {call: task for call, task in self.calls.items() if task[0] != number}
+    def run_aloud(self, block: Any) -> Outcome:
+        """Do a block, building the worker first where that is not done, and let it write where it likes."""
+        return self._attempt(lambda: self._build().run(block))
 
-    def _feed(self) -> None:
-        for number in [number for number in self.actors if not self.dispatcher.held(number)]:
-            self._call(number)
-        # What is taken ahead is lost to idle actors: only while there is enough for all.
-        while self.dispatcher.num_waiting > len(self.actors) and any([self._call(number) for number in self.actors]):
-            pass
-        # An idle actor would keep its node from being given back.
-        for number in [number for number in self.actors if not self.dispatcher.held(number)]:
-            self._dismiss(number)
+    def _build(self) -> Worker:
+        if self._worker is None:
+            self._worker = self._class(*self._arguments)
+        return self._worker
 
-    def _call(self, number: int) -> bool:
-        block = self.dispatcher.take(number)
-        if block is not None:
-            self.calls[self.actors[number].run.remote(block)] = (number, block)
-        return block is not None
-
-    def _collect(self, call: Any) -> Iterator[tuple[Any, Any]]:
-        number, block = self.calls[call]
+    @staticmethod
+    def _attempt(work: Callable[[], Any]) -> Outcome:
         try:
-            outcome: _Outcome = self.ray.get(call)
-        except self.errors.RayTaskError as error:
-            outcome = _Outcome(None, str(error), "")
-        except self.errors.RayError as error:
-            self._replace(number, error)
-            return
-        del self.calls[call]
-        if outcome.said:
-            tqdm.write(outcome.said, file=sys.stderr, end="")
-        if isinstance(outcome.error, Exception):
-            raise outcome.error
-        if outcome.error is not None:
-            self.dispatcher.failed(number, block, outcome.error)
-        else:
-            self.dispatcher.done(number, block)
-            yield block, outcome.result
-
-    def _replace(self, number: int, error: Exception) -> None:
-        if getattr(error, "actor_init_failed", False):
-            raise WorkFailed(f"an actor could not be started:\n{error}")
-        say(f"ray: an actor died at block {self.dispatcher.held(number)[0]}; another takes its place")
-        self.dispatcher.lost(number, str(error))
-        self._dismiss(number)
-        self._hire()
+            return Outcome(work())
+        except UserError as error:
+            return Outcome(error=error)
+        except OSError as error:
+            return Outcome(error=error if error.errno in DISK_TROUBLE else traceback.format_exc())
+        except Exception:
+            return Outcome(error=traceback.format_exc())

@@ -30,8 +30,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> EngineConfig:
     Folders are absolute: a cluster's workers start elsewhere.
     """
     settings = load_config(path, overrides, EngineConfig)
-    url = settings.store.url
-    store = replace(settings.store, url=str(Path(url).absolute())) if url and "://" not in url else settings.store
+    url, cache = settings.store.url, settings.store.cache
+    folder = str(Path(url).absolute()) if url and "://" not in url else url
+    store = replace(settings.store, url=folder, cache=cache.absolute() if cache else None)
     return replace(settings, run=replace(settings.run, dir=settings.run.dir.absolute()), store=store)
 
 

@@ -1,5 +1,6 @@
 """The stage `embed`: Ray actors run the frozen backbone over the `.beton` files, part by part, into the feature bank."""
 
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -56,7 +57,7 @@ def build(run: Run, folder: Path) -> None:
             progress.update(part.stop - part.start)
     for split, images in splits.items():
         write_features(folder, split, images, (np.load(folder / part.file) for part in parts[split]), settings.embed)
-    for part in folder.glob(f"*{_PART}"):
+    for part in folder.glob(f"*{_PART}*"):
         part.unlink()
 
 
@@ -81,7 +82,10 @@ class EmbedWorker:
         features = list(embed_batches(batches, self._backbone, self._settings.embed, self._run.device))
         content = BytesIO()
         np.save(content, np.concatenate(features))
-        write_atomically(self._folder / part.file, content.getvalue())
+        # Under a name of its own first: two actors may be at the same part.
+        own = self._folder / f"{part.file}.{secrets.token_hex(4)}"
+        write_atomically(own, content.getvalue())
+        own.replace(self._folder / part.file)
 
     def _from_beton(self, split: str, augmented: bool) -> PartReader:
         settings = self._settings

@@ -15,9 +15,11 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from pydantic import AfterValidator, Field
 
-from distributed.actors import Crew, Worker
+from distributed.actors import Actor, Worker
+from distributed.crew import Crew
 from distributed.guardian import environment, guarded_folder
 from distributed.scheduling import Dispatcher
+from distributed.tally import Watch, results_here
 from metadiff.config import config
 from metadiff.errors import UserError
 from metadiff.pipeline import say
@@ -221,28 +223,36 @@ def _unwind_at_sigterm() -> None:
 
 
 def work_through(
-    worker_class: type[Worker], arguments: Sequence[Any], blocks: Sequence[B], settings: RayConfig, attempts: int = 3
+    worker_class: type[Worker],
+    arguments: Sequence[Any],
+    blocks: Sequence[B],
+    settings: RayConfig,
+    attempts: int = 3,
+    watch: Watch = lambda _: None,
 ) -> Iterator[tuple[B, Any]]:
     """Run `worker_class(*arguments).run(block)` for every block, by actors, and yield each block with its result as it comes.
 
-    Exactly one result a block comes out, but a block may run more than once: what it leaves must not depend on that.
+    Exactly one result a block comes out, but a block may run more than once, and at the same time: what it leaves must not depend on that.
 
     Args:
         arguments: picklable, and best small (paths): every actor gets a copy.
         attempts: how often a block may raise an error.
+        watch: is told how it goes.
 
     Raises:
-        UserError, OSError: what a worker raised, as it was; of an OSError, disk space and permissions.
-        WorkFailed: a block raised another error in every attempt, or killed its worker every time; raised when all other
-            blocks are done, or at once if none has been.
+        UserError, OSError: what a worker raised, as it was; of an OSError, disk space and permissions. A `StoreUnavailable` is raised
+            by nobody: the block is tried again after a pause, which grows.
+        GivenUp: blocks failed in every attempt, or killed their worker every time; raised when all others are done, or at once if
+            nothing goes well.
+        Unfinished: no actor can be started.
     """
+    dispatcher: Dispatcher[int, B] = Dispatcher(blocks, attempts, ahead=1)
     if settings.num_actors == 0:
-        worker = worker_class(*arguments)
-        yield from ((block, worker.run(block)) for block in blocks)
+        yield from results_here(Actor((worker_class, arguments)), dispatcher, watch)
     elif blocks:
         connect(settings)
-        crew = Crew(worker_class, arguments, Dispatcher(blocks, attempts), settings.cpus_per_worker, settings.gpus_per_worker)
+        crew = Crew(worker_class, arguments, dispatcher, settings.num_actors, settings.cpus_per_worker, settings.gpus_per_worker, watch)
         try:
-            yield from crew.results(min(settings.num_actors, len(blocks)))
+            yield from crew.results()
         finally:
             crew.dismiss()

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from distributed.cache import local_copy
 from distributed.config import EngineConfig
 from distributed.tensorboard import tensorboard_log
 from distributed.workers import launch, place
 from metadiff import stages
+from metadiff.artifact import Artifact
 from metadiff.parallel import Ranks
 from metadiff.pipeline import Run
 
@@ -20,7 +22,17 @@ def build(run: Run, folder: Path) -> None:
 
 def _train(ranks: Ranks, run: Run, folder: Path) -> None:
     curves = run.folder / "tensorboard" / "train" / run.variant
-    stages.train_denoisers(place(run, ranks), folder, ranks, lambda shot: tensorboard_log(curves / f"{shot}shot", "iteration"))
+    run = place(_with_near_targets(run), ranks)
+    stages.train_denoisers(run, folder, ranks, lambda shot: tensorboard_log(curves / f"{shot}shot", "iteration"))
+
+
+def _with_near_targets(run: Run) -> Run:
+    """The run with its targets on this node's own disk, if the configuration has a place for them: they are read at random."""
+    cache, made = cast(EngineConfig, run.config).store.cache, run.artifacts["fit_targets"]
+    if cache is None:
+        return run
+    near = local_copy({name: made.file(name) for name in made.manifest["files"]}, made.content, cache)
+    return replace(run, artifacts={**run.artifacts, "fit_targets": Artifact(near, made.manifest)})
 
 
 STAGE = replace(stages.STAGES["train"], build=build)

@@ -48,7 +48,7 @@ def run(program: Program, arguments: Sequence[str] | None = None, stage: str | N
             say(f"interrupted; the same command {'starts over, for it has --force' if options.force else 'goes on from here'}")
             return 130
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.exit_code)
     except OSError as error:
         if error.errno not in DISK_TROUBLE:
             raise
@@ -81,9 +81,9 @@ def _config_and_overrides(program: Program, words: Sequence[str]) -> tuple[str, 
     return str(program.default_config), words
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, exit_code: int = UserError.exit_code) -> int:
     say(f"error: {' '.join(message.split())}")
-    return 2
+    return exit_code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,7 +96,8 @@ def _parser(program: Program, stage: str | None) -> argparse.ArgumentParser:
         f"{program.name}.{stage}" if stage else program.name,
         description=program.description,
         epilog=f"stages, in order: {', '.join(program.stages)}; `pipeline` is all of them. A stage builds what it needs first and skips "
-        "what is done. Exit codes: 0 done, 2 bad input, 130 interrupted (start again to resume).",
+        "what is done. Exit codes: 0 done, 2 bad input, 3 parts failed (start again to retry them), 130 interrupted (start again to "
+        "resume).",
     )
     if stage is None:
         parser.add_argument("stage", choices=["pipeline", *program.stages], help="how far to go")

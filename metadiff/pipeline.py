@@ -244,13 +244,13 @@ def say(line: str) -> None:
 
 @contextmanager
 def _nothing_left_of_bad_input(path: Path) -> Iterator[None]:
-    """Remove what a stage that refuses its input has begun; the work of an earlier, killed attempt stays."""
+    """Remove what a stage that refuses its input has begun; work that was done before stays, in this attempt or an earlier, killed one."""
     partial = artifact.partial_path(path)
     fresh = not partial.exists()
     try:
         yield
-    except UserError:
-        if fresh:
+    except UserError as error:
+        if fresh and not error.work_kept:
             shutil.rmtree(partial, ignore_errors=True)
         raise
 

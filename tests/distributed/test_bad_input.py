@@ -1,6 +1,7 @@
 """Bad input to the engine: each mistake gets one clear line, exit code 2, and nothing written."""
 
 import importlib.util
+import os
 import shutil
 import socket
 import sys
@@ -155,6 +156,14 @@ def test_store_of_another_backbones_bank(run: Path, tmp_path: Path, capfd: pytes
     assert main([str(run.parents[1] / "tiny.yaml"), "--force", *other], "pretrain") == 0
     assert main([str(run.parents[1] / "tiny.yaml"), *other], "embed") == 0
     refuse(run, "fit_targets", capfd, "made with features=", "store.url", overrides=other)
+
+
+def test_store_made_with_other_threads(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = f"store.url={tmp_path / 'store'}"
+    assert main([str(run.parents[1] / "tiny.yaml"), store, "run.variant=other"], "fit_targets") == 0
+    threads = ("ray.num_actors=1", "ray.cpus_per_worker=2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    refuse(run, "fit_targets", capfd, "threads=1", "says 2", "set ray.cpus_per_worker", overrides=("run.variant=third", store, *threads))
 
 
 def test_bucket_that_does_not_exist(run: Path, s3: str, capfd: pytest.CaptureFixture) -> None:

@@ -21,6 +21,7 @@ from tests.tiny import write_config
 
 ROOT = Path(__file__).parents[2]
 FITTED = {"kind": "ce", "pull": 0.1, "num_tasks": 50}
+NO_RAY = {"num_workers": 0, "num_actors": 0}
 
 
 def run(folder: Path, *words: str, stage: str = "pipeline", workers: int = 0, actors: int = 0, **sections: dict) -> Path:
@@ -106,7 +107,7 @@ def test_stores_of_one_and_three_actors_are_identical(kind: str, alone: Path, tm
 
 
 def test_targets_are_those_of_one_process(alone: Path, tmp_path: Path) -> None:
-    ours = run(tmp_path / "engine", stage="fit_targets", loader={"kind": "memory"})
+    ours = run(tmp_path / "engine", stage="fit_targets", loader={"kind": "memory"}, store={"block": 64})  # all at once, as there
     assert in_one_process(["fit_targets", str(write_config(tmp_path, targets=FITTED))]) == 0
     theirs = tmp_path / "runs/tiny"
     same(ours, theirs, ["prepare/base.images.npy", "pretrain/backbone.safetensors", "embed/base.features.npy"])
@@ -141,6 +142,73 @@ def test_a_damaged_shard_is_fitted_again(copy: Path, tmp_path: Path, capsys: pyt
     assert shard.read_bytes() == whole
 
 
+def test_a_fit_leaves_its_summary(on_ray: Path) -> None:
+    told = summary(on_ray, "stable")
+    assert [told[name] for name in ("tasks", "fitted", "skipped", "missing", "retries", "losses", "poisoned")] == [50, 50, 0, 0, 0, 0, []]
+    assert told["seconds"] > 0
+    assert told["tasks_per_second"] == pytest.approx(50 / told["seconds"], rel=0.01)
+    assert 1 <= told["actors"] <= 2
+
+
+def summary(run: Path, variant: str) -> dict[str, Any]:
+    return json.loads((run / f"fit_targets/{variant}.summary.json").read_text())
+
+
+def test_blocks_that_cannot_be_fitted_are_told_and_tried_again(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """A folder where a shard should be is nothing that the store foresees."""
+    words = [str(write_config(tmp_path, ray=NO_RAY, targets=FITTED)), "store.block=16", f"store.url={tmp_path / 'store'}", "run.variant=a"]
+    in_the_way = [tmp_path / f"store/block-0000000{block}.safetensors" for block in (1, 3)]
+    for folder in in_the_way:
+        folder.mkdir(parents=True)
+    assert main(words, "fit_targets") == 3
+    said = capfd.readouterr().err
+    error = said.splitlines()[-1]
+    assert error.startswith("error: fit_targets: 18 of 50 tasks are missing: blocks 1, 3 failed too often (IsADirectoryError: ")
+    assert "a.summary.json" in error
+    assert said.count("Traceback") == 1
+    told = summary(copy, "a")
+    assert (told["fitted"], told["missing"], told["retries"]) == (32, 18, 4)
+    assert [(block["block"], block["first"], block["last"]) for block in told["poisoned"]] == [(1, 16, 31), (3, 48, 49)]
+    assert "Traceback" in told["poisoned"][0]["traceback"]
+    for folder in in_the_way:
+        folder.rmdir()
+    assert main(words, "fit_targets") == 0
+    assert summary(copy, "a")["fitted"] == 18
+    same(copy / "fit_targets/stable", copy / "fit_targets/a", ["targets.npy"])
+
+
+def test_nothing_goes_on_where_no_block_can_be_fitted(copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    for block in range(10):
+        (tmp_path / f"store/block-{block:08d}.safetensors").mkdir(parents=True)
+    config = write_config(tmp_path, ray=NO_RAY, targets=FITTED, store={"block": 5, "url": str(tmp_path / "store")})
+    assert main([str(config), "run.variant=a"], "fit_targets") == 3
+    assert "error: fit_targets: 50 of 50 tasks are missing: blocks " in capfd.readouterr().err
+    assert len(summary(copy, "a")["poisoned"]) == 3
+
+
+def test_training_reads_this_nodes_copy_of_the_targets(copy: Path, alone: Path, tmp_path: Path) -> None:
+    shutil.rmtree(copy / "train")
+    run(copy.parents[1], stage="train", store={"block": 16, "cache": str(tmp_path / "cache")})
+    content = json.loads((copy / "fit_targets/stable/manifest.json").read_text())["content"]
+    same(copy / "fit_targets/stable", tmp_path / "cache" / content, ["targets.npy", "classes.npy", "targets.json"])
+    same(copy, alone, ["train/stable/1shot.safetensors"])
+
+
+def test_two_drivers_share_a_store(copy: Path, tmp_path: Path) -> None:
+    runs = [Path(shutil.copytree(copy, tmp_path / name / "runs" / "tiny")) for name in ("a", "b")]
+    store = {"block": 16, "url": str(tmp_path / "store")}
+    configs = [write_config(run.parents[1], ray=NO_RAY, targets=FITTED, store=store) for run in runs]
+    programs = [[sys.executable, "-m", "distributed.fit_targets", str(config), "run.variant=other"] for config in configs]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    commands = [subprocess.Popen(program, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) for program in programs]
+    for command in commands:
+        _, said = command.communicate()
+        assert command.returncode == 0, said
+    assert sum(summary(run, "other")["fitted"] for run in runs) == 50, "no task is fitted into the store twice"
+    for run in runs:
+        same(run / "fit_targets/other", copy / "fit_targets/stable", ["targets.npy", "classes.npy", "diagnostics.npy"])
+
+
 @pytest.mark.parametrize("stage", ["pretrain", "embed", "fit_targets", "evaluate"])
 def test_a_kill_before_the_commit_costs_nothing(
     stage: str, copy: Path, alone: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -154,7 +222,7 @@ def test_a_kill_before_the_commit_costs_nothing(
     if stage in leftovers:
         (done / leftovers[stage]).write_bytes(b"left by the kill")
     for name in ("distributed.fit_targets.work_through", "distributed.evaluate.work_through", "metadiff.pretraining._train_epoch"):
-        monkeypatch.setattr(name, lambda *_: pytest.fail("what was done is done again"))
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("what was done is done again"))
     monkeypatch.setattr("distributed.embed.work_through", lambda worker, arguments, blocks, settings: iter(blocks))
     run(copy.parents[1], stage=stage)
     assert {path.name: path.read_bytes() for path in made.iterdir() if path.name not in ("manifest.json", "identity.json")} == content

@@ -17,10 +17,12 @@ import pytest
 import torch
 
 from distributed import runtime
-from distributed.actors import WorkFailed, _Actor
+from distributed.actors import Actor
+from distributed.blobs import StoreUnavailable
 from distributed.runtime import RayConfig, check_resources, connect, session, work_through
+from distributed.tally import GivenUp, Tally
 from metadiff.config import validate
-from metadiff.errors import UserError
+from metadiff.errors import Unfinished, UserError
 from metadiff.pipeline import say
 from tests.distributed.test_guardian import ROOT
 
@@ -48,11 +50,27 @@ class Clerk:
                 raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
             case "broken":
                 raise ValueError("this block is broken")
+            case "breaks" if first:
+                raise ValueError("only once")
+            case "down" if first:
+                raise StoreUnavailable("store s3://bucket: the service fails")
+            case "meets":
+                while len(list(self.folder.glob("meets *"))) < 2:
+                    time.sleep(0.01)
             case "dies" if first:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "slow":
                 time.sleep(60)
         return {"process": os.getpid(), "threads": torch.get_num_threads(), "nice": os.nice(0), "cwd": os.getcwd()}
+
+
+class Stillborn(Clerk):
+    """Cannot be built."""
+
+    def __init__(self, folder: Path) -> None:
+        with (folder / "births").open("a") as file:
+            file.write(".")
+        _ = 1 / 0
 
 
 def drive() -> None:
@@ -87,10 +105,18 @@ class TestOnActors:
         assert sorted(through(tmp_path, blocks)) == sorted(blocks)
         assert [attempts(tmp_path, f"dies {number}") for number in (1, 2)] == [2, 2]
 
-    def test_few_blocks_are_shared(self, tmp_path: Path) -> None:
-        """Were one block worth waiting for, a fast actor would take both."""
-        done = [result["process"] for _, result in work_through(Clerk, (tmp_path,), ["a", "b"], SETTINGS)]
-        assert len(set(done)) == ACTORS
+    @pytest.mark.skipif(ACTORS < 2, reason="needs two cores")
+    def test_actors_work_at_the_same_time(self, tmp_path: Path) -> None:
+        """Neither block ends before the other has begun: were one taken ahead, they would wait for ever."""
+        done = [result["process"] for _, result in work_through(Clerk, (tmp_path,), ["meets 1", "meets 2"], SETTINGS)]
+        assert len(set(done)) == 2
+
+    def test_what_happens_is_counted(self, tmp_path: Path) -> None:
+        seen: list[Tally] = []
+        blocks = ["a", "dies 1", "b", "breaks 1", "c"]
+        assert {block for block, _ in work_through(Clerk, (tmp_path,), blocks, SETTINGS, watch=seen.append)} == {*blocks}
+        assert (seen[-1].losses, seen[-1].retries) == (1, 1)
+        assert 1 <= seen[-1].most <= ACTORS
 
     def test_a_users_mistake_comes_out_as_it_was_with_what_was_said(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(UserError) as caught:
@@ -99,18 +125,31 @@ class TestOnActors:
         assert attempts(tmp_path, "mistake") == 1
         assert capfd.readouterr() == ("", "at mistake\n")
 
-    def test_a_broken_block_is_given_up_when_all_others_are_done(self, tmp_path: Path) -> None:
+    def test_a_broken_block_is_given_up_when_all_others_are_done(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         results = work_through(Clerk, (tmp_path,), ["a", "broken", "b", "c"], RayConfig(num_actors=1), attempts=2)
         assert [block for block, _ in itertools.islice(results, 3)] == ["a", "b", "c"]
-        with pytest.raises(WorkFailed, match=r"block broken was given up(.|\n)*in run\n(.|\n)*ValueError: this block is broken"):
+        with pytest.raises(GivenUp, match=r"given up, .*: broken \(ValueError: this block is broken\)") as caught:
             next(results)
+        assert caught.value.exit_code == 3
+        assert [*caught.value.poisoned] == ["broken"]
+        assert capfd.readouterr().err.count("Traceback") == 1, "of the worker, for us to mend"
         assert attempts(tmp_path, "broken") == 2
 
     def test_nothing_goes_on_where_nothing_works(self, tmp_path: Path) -> None:
-        with pytest.raises(WorkFailed, match="block broken 0 was given up"):
+        with pytest.raises(GivenUp, match=r"given up, .*broken 0"):
             through(tmp_path, [f"broken {number}" for number in range(9)], RayConfig(num_actors=1))
         assert attempts(tmp_path, "broken 0") == 3
         assert not (tmp_path / "broken 8").exists()
+
+    def test_a_service_that_is_down_for_a_while_is_waited_for(self, tmp_path: Path) -> None:
+        assert sorted(through(tmp_path, ["a", "down", "b"])) == ["a", "b", "down"]
+        assert attempts(tmp_path, "down") == 2
+
+    def test_an_actor_that_cannot_be_built_is_tried_a_few_times(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(Unfinished, match=r"no actor can be started \(ZeroDivisionError: "):
+            list(work_through(Stillborn, (tmp_path,), ["a"], RayConfig(num_actors=1)))
+        assert attempts(tmp_path, "births") == 3
+        assert "Traceback" in capfd.readouterr().err
 
     def test_an_actor_has_its_threads_and_priority_and_ends_when_its_results_are_no_longer_wanted(self, tmp_path: Path) -> None:
         results = work_through(Clerk, (tmp_path,), ["a", "slow"], RayConfig(num_actors=1))
@@ -186,7 +225,7 @@ def test_two_commands_at_once_and_nothing_is_left_of_them(tmp_path: Path) -> Non
 
 
 def test_what_an_actor_sends_home(tmp_path: Path) -> None:
-    actor = _Actor((Clerk, (tmp_path,)), num_threads=1)
+    actor = Actor((Clerk, (tmp_path,)))
     assert isinstance(actor.run("mistake").error, UserError)
     full = actor.run("full").error
     assert isinstance(full, OSError)
@@ -202,8 +241,10 @@ def test_in_this_process_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {block: given["process"] for block, given in results.items()} == {"a": os.getpid(), "b": os.getpid()}
     with pytest.raises(UserError, match="one line"):
         through(tmp_path, ["mistake"], here)
-    with pytest.raises(ValueError, match="broken"):
-        through(tmp_path, ["broken"], here)
+    results = work_through(Clerk, (tmp_path,), ["broken 1", "c", "breaks", "broken 2", "broken 3", "down", "d"], here)
+    assert {block for block, _ in itertools.islice(results, 4)} == {"c", "breaks", "down", "d"}
+    with pytest.raises(GivenUp, match=r"given up, .*broken 1, broken 2, broken 3"):
+        next(results)
 
 
 def test_sigterm_unwinds_and_its_handler_is_given_back() -> None:
