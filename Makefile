@@ -30,12 +30,14 @@ check: $(READY) ## lint, formatting and types
 accuracy: $(READY) ## the accuracy gate, on glyphs and on mini-ImageNet (its zip in $$METADIFF_DATA); an hour and more
 	$(PYTHON) -m benchmarks.accuracy
 
-chaos: $(READY) ## interrupt and kill the pipeline in every stage; ten minutes
+chaos: $(READY) ## interrupt and kill the pipeline in every stage, and fit targets under a hundred faults; half an hour
 	$(PYTHON) -m pytest -m chaos
 
-bench: $(READY) ## measure how long the demo takes, and FFCV beside the DataLoader
+bench: $(READY) ## measure: the demo's time, FFCV beside the DataLoader, target fitting beside others, and its plan for 1,000 actors
 	$(PYTHON) -m benchmarks.demo_time
 	$(PYTHON) -m benchmarks.loaders
+	$(PYTHON) -m benchmarks.targets
+	$(PYTHON) -m benchmarks.simulate_fit
 
 clean: ## remove the environment and all caches; results stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
