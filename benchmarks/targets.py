@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.imitation import imitation
-from distributed.runtime import RayConfig, session, work_through
+from distributed.runtime import RayConfig, connect, session, work_through
 from distributed.store import TargetStore
 from metadiff import artifact
 from metadiff.episodes import EpisodeSampler
@@ -209,6 +209,7 @@ def on_the_engine(features: Features, options: argparse.Namespace) -> dict[str, 
     speeds: dict[int, list[float]] = {1: [], 2: []}
     overheads, sizes = [], []
     with tempfile.TemporaryDirectory() as name, session():
+        connect(RayConfig(num_actors=2))
         folder = Path(name)
         np.save(folder / "x.npy", features.x.numpy())
         np.save(folder / "offsets.npy", features.offsets)

@@ -34,8 +34,8 @@ DTYPES: Mapping[str, type] = {"fp16": np.float16, "fp32": np.float32}
 _ROWS = 1024
 _BLOCK = 1024
 _NEARLY = 3
-_VECTORS, _MARGINS = 40, 4
-"""Arrays of the weights' and of the margins' size that a fit holds at its peak, and half as much again that the allocator cannot reuse."""
+_VECTORS, _MARGINS = 70, 7
+"""Arrays of the size of the weights and of the margins that a fit takes at its peak, holes included that the allocator cannot reuse."""
 
 
 @config
