@@ -1,5 +1,6 @@
 """Blocks of work dealt out to Ray actors, which come and go: the dispatcher decides, this carries it out."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -107,8 +108,7 @@ class Crew:
         if time.monotonic() >= self.hire_from:
             for _ in range(-spare):
                 self._hire()
-        gone = [number for number, hired in self.actors.items() if hired.is_leaving and not self.dispatcher.held(number)]
-        for number in {*self.dispatcher.superfluous(time.monotonic()), *gone}:
+        for number in self.dispatcher.superfluous(time.monotonic()):
             self._lose(number)
 
     def _hire(self) -> None:
@@ -155,7 +155,7 @@ class Crew:
         self._dismiss(number)
 
     def _heed_notices(self) -> None:
-        """Make no more use of nodes that are being drained: an actor there may finish what it is at, and is then gone."""
+        """Of nodes that are being drained, make use only until their deadline: an actor there may finish what it is at, and is then gone."""
         if time.monotonic() < self.next_poll:
             return
         self.next_poll = time.monotonic() + _POLL_SECONDS
@@ -163,7 +163,9 @@ class Crew:
         for number, hired in self.actors.items():
             if hired.node in draining and not hired.is_leaving:
                 hired.is_leaving = True
-                self.dispatcher.leaving(number)
+                deadline = draining[hired.node] / 1000  # seconds since 1970; 0 if it is not known
+                until = time.monotonic() + deadline - time.time() if deadline else -math.inf
+                self.dispatcher.leaving(number, time.monotonic(), until)
 
     def _draining(self) -> Mapping[str, int]:
         # The cluster's head, which tells, may be restarting.

@@ -100,7 +100,7 @@ class Dispatcher(Generic[Worker, Block]):
         """A worker has started: from now on it is fed. One that is still pending holds nothing and is not known here."""
         self._book.add(worker, now)
 
-    def leaving(self, worker: Worker, now: float = 0.0, until: float = -math.inf) -> list[Block]:
+    def leaving(self, worker: Worker, now: float, until: float = -math.inf) -> list[Block]:
         """A worker's node is being drained: it takes nothing ahead, and its loss will not be held against the block it is at.
 
         Returns the blocks that it holds and is not at, which wait again: the shell cancels the calls. An unknown worker holds none.
@@ -143,12 +143,12 @@ class Dispatcher(Generic[Worker, Block]):
     def done(self, worker: Worker, block: Block, now: float) -> bool:
         """A worker has finished a block; returns whether it was the first to do so."""
         hand, is_first = self._book.hands[worker], block not in self.finished
-        hand.failures, hand.fed = 0, self._has_time(worker, now)
         if is_first:
             if hand.held[0] == block:
                 self._usual.add(now - hand.since)
             self.finished.add(block)
             self._book.finish(block)
+        hand.failures, hand.fed = 0, self._has_time(worker, now)
         self._book.release(worker, block, now)
         return is_first
 

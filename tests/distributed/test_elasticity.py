@@ -170,6 +170,20 @@ def test_a_node_that_is_drained_gets_no_more_and_is_let_go(cluster: Raylets, tmp
     assert done["losses"] == 0
 
 
+def test_a_node_that_is_drained_goes_on_while_its_deadline_is_far(cluster: Raylets, tmp_path: Path) -> None:
+    cluster.fill(2)
+    blocks = [f"slow-{number}" for number in range(4)]
+    with command(tmp_path, cluster, 2, *blocks) as drive:
+        drive.until(lambda: len(drive.begun()) == 2)
+        block, _, node = drive.begun()[0]
+        drain(cluster, node, "--deadline-remaining-seconds", "600")
+        drive.until(lambda: demand(cluster) == 1)  # another in its place
+        drive.go(block)
+        drive.until(lambda: sum(where == node for _, _, where in drive.begun()) == 2)
+        drive.go()
+        assert {*drive.finish()["results"]} == {*blocks}
+
+
 def test_idle_actors_are_gone_before_the_end(cluster: Raylets, tmp_path: Path) -> None:
     """All but one, which would take over from the last if that were lost."""
     cluster.fill(3)
@@ -184,8 +198,8 @@ def test_idle_actors_are_gone_before_the_end(cluster: Raylets, tmp_path: Path) -
         assert drive.finish()["most"] == 3
 
 
-def drain(cluster: Raylets, node: str) -> None:
+def drain(cluster: Raylets, node: str, *deadline: str) -> None:
     """What a cloud's notice of a spot instance's end comes to."""
-    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away", "--deadline-remaining-seconds", "600"]
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away", *deadline]
     words = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", node, *why]
     subprocess.run(words, env=ENVIRONMENT, check=True, capture_output=True)

@@ -137,7 +137,7 @@ def test_a_failed_block_goes_to_the_same_worker_where_nobody_else_is_fed() -> No
     assert dispatcher.assignments(2) == [("a", 3)]
     dispatcher.done("a", 3, 3)
     assert dispatcher.assignments(3) == []
-    dispatcher.leaving("c")
+    dispatcher.leaving("c", 0)
     assert dispatcher.assignments(3) == [("a", 0)]
 
 
@@ -287,20 +287,20 @@ def test_a_leaving_worker_hands_back_what_it_is_not_at() -> None:
     dispatcher = crewed(range(9), "ab", ahead=3)
     dispatcher.assignments(0)
     assert dispatcher.held("a") == (0, 2, 4)
-    assert dispatcher.leaving("a") == [2, 4]
+    assert dispatcher.leaving("a", 0) == [2, 4]
     assert dispatcher.held("a") == (0,)
     dispatcher.done("b", 1, 1)
     assert dispatcher.assignments(1) == [("b", 2)]
     assert dispatcher.done("a", 0, 2)
     assert dispatcher.assignments(2) == []
     assert dispatcher.superfluous(2) == ["a"]
-    assert dispatcher.leaving("c") == []
+    assert dispatcher.leaving("c", 0) == []
 
 
 def test_a_leaving_worker_is_not_blamed_when_it_is_lost() -> None:
     dispatcher = crewed([0], losses=1)
     dispatcher.assignments(0)
-    assert dispatcher.leaving("a") == []
+    assert dispatcher.leaving("a", 0) == []
     dispatcher.lost("a", "preempted", 1)
     assert (dispatcher.poisoned, dispatcher.num_losses, dispatcher.num_waiting) == ({}, 0, 1)
 
@@ -309,7 +309,7 @@ def test_a_leaving_workers_block_is_doubled_at_once_when_nothing_waits() -> None
     dispatcher = crewed(range(2), "abc")
     dispatcher.assignments(0)
     assert dispatcher.wake_at(1) is None
-    dispatcher.leaving("b")
+    dispatcher.leaving("b", 0)
     assert dispatcher.wake_at(1) == 1
     assert dispatcher.assignments(1) == [("c", 1)]
     assert dispatcher.num_copies == 1
@@ -329,6 +329,16 @@ def test_a_leaving_worker_gets_what_it_has_the_time_for() -> None:
     dispatcher.done("a", dispatcher.held("a")[0], 60)
     assert dispatcher.assignments(60) == []
     assert dispatcher.superfluous(60) == ["a"]
+
+
+def test_the_first_block_of_all_tells_a_leaving_worker_what_it_has_the_time_for() -> None:
+    dispatcher = crewed(range(3), "a", ahead=1)
+    dispatcher.assignments(0)
+    dispatcher.leaving("a", 5, until=100)
+    dispatcher.done("a", 0, 10)
+    assert dispatcher.assignments(10) == [("a", 1)]
+    dispatcher.done("a", 1, 95)
+    assert dispatcher.assignments(95) == []
 
 
 def test_a_failed_block_does_not_wait_for_a_leaving_worker() -> None:
