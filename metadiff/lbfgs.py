@@ -126,7 +126,7 @@ def minimise(objective: Objective, w: Tensor, max_evaluations: int) -> Minimum:
 def _start(objective: Objective, w: Tensor) -> _Descent:
     loss, gradient = objective(w)
     loss = torch.where(gradient.isfinite().flatten(1).all(1)[:, None, None], loss, torch.nan)  # without a gradient, it leads nowhere
-    # As long as the gradient if that is short; with a preconditioner that knows the scale, a Newton step.
+    # The preconditioner knows the scale: the first step is a whole one.
     ones = torch.ones_like(loss)
     return _Descent(Minimum(w, loss, gradient, torch.ones(len(w), dtype=torch.int64, device=w.device)), ones, ones, deque(maxlen=_PAIRS))
 

@@ -339,7 +339,8 @@ def test_memory_stays_below_the_setting(learner: Learner, pull: float, dim: int,
         fitted = solver.fit(classes)
     assert int(fitted.iterations.max()) > 6, "or L-BFGS has not all its pairs"
     results = 2 * 4 * fitted.w.numel()
-    assert 0.35 * most * 1e9 < allocations.peak < most * 1e9 + results
+    # What is left is for holes between arrays, which the allocator cannot always reuse.
+    assert 0.18 * most * 1e9 < allocations.peak - results < 0.5 * most * 1e9
 
 
 @EACH_PRECISION
