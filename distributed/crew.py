@@ -155,15 +155,16 @@ class Crew:
         self._dismiss(number)
 
     def _heed_notices(self) -> None:
-        """Of nodes that are being drained, make use only until their deadline: an actor there may finish what it is at, and is then gone."""
+        """Use nodes that are being drained only until their deadline: an actor there may finish what it is at, and is then gone."""
         if time.monotonic() < self.next_poll:
             return
         self.next_poll = time.monotonic() + _POLL_SECONDS
         draining = self._draining()
         for number, hired in self.actors.items():
-            if hired.node in draining and not hired.is_leaving:
+            milliseconds = draining.get(hired.node or "")
+            if milliseconds is not None and not hired.is_leaving:
                 hired.is_leaving = True
-                deadline = draining[hired.node] / 1000  # seconds since 1970; 0 if it is not known
+                deadline = milliseconds / 1000  # seconds since 1970; 0 if it is not known
                 until = time.monotonic() + deadline - time.time() if deadline else -math.inf
                 self.dispatcher.leaving(number, time.monotonic(), until)
 
