@@ -1,17 +1,21 @@
-"""Sampling weights by denoising: Eqs. 5-8 and Algorithm 2 of MetaDiff (AAAI 2024)."""
+"""Sampling weights by denoising: Algorithm 2 of MetaDiff (AAAI 2024), with the paper's solver or with one made for few steps."""
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from metadiff.config import config
-from metadiff.denoiser import Denoiser
+from metadiff.denoiser import Condition, Denoiser
 from metadiff.learners import Support
-from metadiff.schedule import Schedule
+from metadiff.schedule import Schedule, Spacing
+from metadiff.solvers import Step, ddim, dpmpp_2m, equation_8, foresee, update
+
+MULTISTEP = ("eq8_2m", "dpmpp2m")
 
 
 @config
@@ -19,40 +23,47 @@ class SamplerConfig:
     """How w_T becomes w_0.
 
     Attributes:
-        stochastic: keep sigma_t z, the uncertainty term that the paper drops at test time.
+        method: "eq8", the paper's; or, made for few steps, "eq8_2m" (the same path to second order), "ddim" (Song et al. 2021) or
+            "dpmpp2m" (DPM-Solver++ 2M, Lu et al. 2022). See `metadiff.solvers`.
+        steps: how many; all of the schedule's where None.
+        spacing: where they lie, "even" in t or in "log_snr". See `Schedule.timesteps`.
+        stochastic: keep sigma_t z, the uncertainty term that the paper drops at test time; for "ddim", its eta = 1.
         eq8_as_printed: divide by sqrt(1 - alpha_t), as the paper's Eq. 8 does by mistake, instead of Eq. 3's sqrt(1 - abar_t).
         precision: of the denoiser's matrix products; w_t itself stays in float32.
         chunk: tasks denoised together; few enough for their activations to stay in the cache.
     """
 
+    method: Literal["eq8", "eq8_2m", "ddim", "dpmpp2m"] = "eq8"
+    steps: Annotated[int, Field(gt=0)] | None = None
+    spacing: Spacing = "even"
     stochastic: bool = False
     eq8_as_printed: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     chunk: Annotated[int, Field(gt=0)] = 128
 
+    @model_validator(mode="after")
+    def _options_go_together(self) -> "SamplerConfig":
+        if self.eq8_as_printed and self.method != "eq8":
+            raise ValueError(f"eq8_as_printed is about Eq. 8 and means nothing for method={self.method!r}; use method=eq8, or leave it out")
+        if self.stochastic and self.method == "dpmpp2m":
+            raise ValueError("stochastic=true does not go with method='dpmpp2m', which draws no noise; use method=eq8, eq8_2m or ddim")
+        return self
 
-class StepCoefficients(NamedTuple):
-    """gamma, eta and xi of Eq. 6."""
-
-    gamma: float
-    eta: float
-    xi: float
-
-
-def coefficients(schedule: Schedule, t: int, config: SamplerConfig) -> StepCoefficients:
-    """gamma_t = 1/sqrt(alpha_t), eta_t = beta_t / (sqrt(alpha_t) sqrt(1 - abar_t)), and xi_t = sigma_t = sqrt(beta_t) or 0. Eq. 5."""
-    alpha, beta, abar = (float(table[t]) for table in (schedule.alpha, schedule.beta, schedule.abar))
-    denominator = (1 - (alpha if config.eq8_as_printed else abar)) ** 0.5
-    return StepCoefficients(alpha**-0.5, beta / (alpha**0.5 * denominator), beta**0.5 if config.stochastic else 0.0)
+    def evaluations(self, num_steps: int) -> int:
+        """How often the network is evaluated on a schedule of `num_steps`: once a step, whatever the method."""
+        return self.steps or num_steps
 
 
-def step(w_t: Tensor, eps_hat: Tensor, c: StepCoefficients, z: Tensor | None = None) -> Tensor:
-    """w_{t-1} = gamma w_t - eta eps_hat + xi z. Eq. 6; with gamma = 1 and xi = 0 it is the gradient descent of Eq. 4."""
-    w = torch.add(w_t, eps_hat, alpha=-c.eta / c.gamma).mul_(c.gamma)
-    return w if z is None else w.add_(z, alpha=c.xi)
+def plan(schedule: Schedule, config: SamplerConfig) -> list[Step]:
+    """The coefficients of every step, from w_T down to w_0."""
+    timesteps = schedule.timesteps(config.steps, config.spacing)
+    if config.method == "ddim":
+        return ddim(schedule, timesteps, config.stochastic)
+    if config.method in MULTISTEP:
+        return dpmpp_2m(schedule, timesteps, config.method == "eq8_2m", config.stochastic)
+    return equation_8(schedule, timesteps, config.stochastic, config.eq8_as_printed)
 
 
-@torch.inference_mode()
 def denoise_steps(
     denoiser: Denoiser,
     schedule: Schedule,
@@ -61,24 +72,15 @@ def denoise_steps(
     config: SamplerConfig | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (t, w_t) for t = T, T-1 .. 0 in the paper's count: first w_T itself, last w_0. Algorithm 2; Figure 5.
+    """Yield (t, w_t) in the paper's count: first (T, w_T), then at each t that is kept, last (0, w_0). Algorithm 2; Figure 5.
 
-    `support` holds B tasks and `w_T` is (B, N, D). All tasks go through each step together, whatever `config.chunk` says.
-    `generator` draws z and is needed when `config.stochastic`.
+    `support` holds B tasks and `w_T` is (B, N, D). All tasks go through each step together, `config.chunk` at a time through the network.
+    `generator` draws z and is needed when `config.stochastic`. Every w_t is a tensor of its own.
     """
     config = config or SamplerConfig()
-    assert (generator is not None) == config.stochastic, "a generator goes with stochastic sampling, and only with it"
-    # What depends on the step alone, or on the tasks alone, is computed once.
-    condition, clock = denoiser.condition(support), denoiser.clock(torch.arange(schedule.num_steps, device=w_T.device))
-    if config.precision == "bf16":
-        denoiser = denoiser.rounded(torch.bfloat16)
-    w = w_T
-    yield schedule.num_steps, w
-    for t in reversed(range(schedule.num_steps)):
-        eps_hat = denoiser.predict(w, condition, clock[t])
-        z = torch.randn(w.shape, generator=generator, device=w.device) if config.stochastic else None
-        w = step(w, eps_hat, coefficients(schedule, t, config), z)
-        yield t, w
+    solver = _Solver(denoiser, schedule, config, w_T.device)
+    yield schedule.num_steps, w_T
+    yield from zip([*(c.t + 1 for c in solver.steps[1:]), 0], solver.path(support, w_T, generator), strict=True)
 
 
 def sample(
@@ -89,13 +91,56 @@ def sample(
     config: SamplerConfig | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """(B, N, D): w_0, the last of `denoise_steps`, `config.chunk` tasks at a time."""
+    """(B, N, D): w_0, the last of `denoise_steps`.
+
+    `config.chunk` tasks go all the way before the next ones; with noise, which is drawn for all tasks at once, all of them step by step.
+    Either way only one chunk's activations exist at a time, and w_0 does not depend on the chunks.
+    """
     config = config or SamplerConfig()
-    # Noise is drawn for all tasks at once: else w_0 would depend on the size of a chunk.
-    chunk = len(w_T) if config.stochastic else config.chunk
-    w_0 = torch.empty_like(w_T)
-    for start in range(0, len(w_T), chunk):
-        tasks = slice(start, start + chunk)
-        steps = denoise_steps(denoiser, schedule, support[tasks], w_T[tasks], config, generator)
-        _, w_0[tasks] = deque(steps, maxlen=1)[0]
+    # Noise is drawn for all tasks at once: else w_0 would depend on the chunks.
+    together = len(w_T) if config.stochastic else config.chunk
+    solver, w_0 = _Solver(denoiser, schedule, config, w_T.device), torch.empty_like(w_T)
+    for start in range(0, len(w_T), together):
+        tasks = slice(start, start + together)
+        w_0[tasks] = deque(solver.path(support[tasks], w_T[tasks], generator), maxlen=1)[0]
     return w_0
+
+
+class _Solver:
+    """A denoiser and the coefficients of its steps, with all that depends on the steps alone computed once."""
+
+    def __init__(self, denoiser: Denoiser, schedule: Schedule, config: SamplerConfig, device: torch.device) -> None:
+        self.steps, self._config = plan(schedule, config), config
+        with torch.inference_mode():
+            self._clock = denoiser.clock(torch.tensor([c.t for c in self.steps], device=device))
+            self._denoiser = denoiser.rounded(torch.bfloat16) if config.precision == "bf16" else denoiser
+
+    @torch.inference_mode()
+    def path(self, support: Support, w_T: Tensor, generator: torch.Generator | None) -> Iterator[Tensor]:
+        """(B, N, D) after each step: all tasks go through it, a chunk at a time, before any goes on."""
+        assert (generator is not None) == self._config.stochastic, "a generator goes with stochastic sampling, and only with it"
+        chunks = [slice(start, start + self._config.chunk) for start in range(0, len(w_T), self._config.chunk)]
+        walks = [_Walk(self._denoiser.condition(support[tasks]), w_T[tasks]) for tasks in chunks]
+        z = torch.empty_like(w_T) if generator else None
+        for i in range(len(self.steps)):
+            if z is not None:
+                z.normal_(generator=generator)
+            for tasks, walk in zip(chunks, walks, strict=True):
+                self._advance(walk, i, None if z is None else z[tasks])
+            yield torch.cat([walk.w for walk in walks]) if len(walks) > 1 else walks[0].w
+
+    def _advance(self, walk: "_Walk", i: int, z: Tensor | None) -> None:
+        c, before = self.steps[i], walk.foreseen
+        eps_hat = self._denoiser.predict(walk.w, walk.condition, self._clock[i])
+        if self._config.method in MULTISTEP:
+            walk.foreseen = foresee(walk.w, eps_hat, c)
+        walk.w = update(walk.w, eps_hat, c, z, before)
+
+
+@dataclass
+class _Walk:
+    """Where a chunk of tasks is: w, and the w_0 that its last step foresaw, if the method asks for it."""
+
+    condition: Condition
+    w: Tensor
+    foreseen: Tensor | None = None

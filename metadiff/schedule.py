@@ -3,15 +3,17 @@
 Time is an index t in 0 .. T-1 everywhere in the code; the paper's t is that plus one.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from metadiff.config import config
+from metadiff.errors import UserError
 
 Beta = Annotated[float, Field(gt=0, lt=1)]
+Spacing = Literal["even", "log_snr"]
 
 
 @config
@@ -43,4 +45,27 @@ class Schedule:
 
     def q_sample(self, w_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """(B, N, D): w_t = sqrt(abar_t) w_0 + sqrt(1 - abar_t) eps, for t (B,) or (). Eq. 2."""
-        return self.signal[t][..., None, None] * w_0 + self.noise[t][..., None, None] * eps
+        return torch.addcmul(self.noise[t][..., None, None] * eps, self.signal[t][..., None, None], w_0)
+
+    def timesteps(self, steps: int | None = None, spacing: Spacing = "even") -> list[int]:
+        """The t of `steps` denoising steps, all different, from T-1 downwards; all T of them where None.
+
+        "even": round(T - i T / steps) - 1 for i = 0, 1, ...: whole strides down from where w_T is noise, the last of which ends in w_0
+        ("trailing" in "Common Diffusion Noise Schedules and Sample Steps are Flawed", WACV 2024).
+        "log_snr": evenly from T-1 to 0 in log(abar_t / (1 - abar_t)), so most of them near w_0 ("DPM-Solver", Lu et al. 2022, Section 3.2).
+
+        Raises:
+            UserError: more steps than the schedule has.
+        """
+        total, steps = self.num_steps, steps or self.num_steps
+        if steps > total:
+            raise UserError(f"sampler.steps={steps}: the schedule has only {total} (schedule.num_steps); lower it, or leave it out for all")
+        if spacing == "even":
+            return [round(total - i * total / steps) - 1 for i in range(steps)]
+        log_snr = (self.abar / (1 - self.abar)).log()
+        nearest = (log_snr[:, None] - torch.linspace(log_snr[-1], log_snr[0], steps, dtype=log_snr.dtype)).abs().argmin(0)
+        # Near t = 0 there are more wanted than there are: those that fall together move up, towards noise.
+        kept: list[int] = []
+        for i, t in enumerate(reversed(nearest.tolist())):
+            kept.append(max(min(t, total - steps + i), kept[-1] + 1 if kept else 0))
+        return kept[::-1]

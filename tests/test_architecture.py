@@ -11,9 +11,36 @@ ROOT = Path(__file__).parents[1]
 # The flow: each place imports only from those before it. A package counts as one place.
 ORDER = (
     *("errors", "config", "machine", "arrays", "artifact", "parallel", "checkpoint", "metrics", "datasets", "backbones", "images"),
-    *("pretraining", "features", "episodes", "episode_images", "learners", "lbfgs", "grouped", "targets", "schedule", "tcunet", "denoiser"),
-    *("diffusion", "samplers", "training", "evaluation", "estimator", "rivals", "report", "presets", "pipeline", "reporting"),
-    *("scoring", "stages", "preflight", "command", "__main__", "__init__"),
+    *(
+        "pretraining",
+        "features",
+        "episodes",
+        "episode_images",
+        "learners",
+        "bank_support",
+        "lbfgs",
+        "grouped",
+        "targets",
+        "schedule",
+        "tcunet",
+        "backprop",
+        "denoiser",
+    ),
+    *(
+        "diffusion",
+        "solvers",
+        "samplers",
+        "recording",
+        "optimisation",
+        "training",
+        "batches",
+        "evaluation",
+        "sampler_gate",
+        "calibration",
+        "estimator",
+        "rivals",
+    ),
+    *("report", "presets", "pipeline", "reporting", "scoring", "pieces", "stages", "preflight", "command", "__main__", "__init__"),
 )
 OUTSIDE = {"ray", "ffcv", "distributed", "benchmarks", "tests"}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc"}

@@ -1,17 +1,38 @@
+"""Sampling: paths, chunks, noise, memory and precision. The solvers' own arithmetic is tested in test_solvers.py."""
+
+from dataclasses import replace
+
 import pytest
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
 
+from metadiff.config import validate
 from metadiff.denoiser import Denoiser, DenoiserConfig, build_denoiser
+from metadiff.errors import UserError
 from metadiff.learners import Learner, LinearLearner, PrototypeLearner, Support
-from metadiff.samplers import SamplerConfig, StepCoefficients, coefficients, denoise_steps, sample, step
+from metadiff.samplers import SamplerConfig, denoise_steps, plan, sample
 from metadiff.schedule import Schedule, ScheduleConfig
+from metadiff.solvers import update
+from tests.allocations import Allocations
 
 SCHEDULE = Schedule()
 SHORT = Schedule(ScheduleConfig(num_steps=20, beta_end=0.5))
+METHODS = (
+    SamplerConfig(),
+    SamplerConfig(steps=7, spacing="log_snr"),
+    SamplerConfig(eq8_as_printed=True),
+    SamplerConfig(method="eq8_2m", steps=7, spacing="log_snr"),
+    SamplerConfig(method="ddim", steps=7),
+    SamplerConfig(method="dpmpp2m", steps=7),
+)
+NOISY = tuple(replace(each, stochastic=True) for each in METHODS if each.method != "dpmpp2m")
 
 
-def _randn(*shape: int, seed: int) -> torch.Tensor:
+def _name(config: SamplerConfig) -> str:
+    return f"{config.method}-{config.steps}{'-printed' * config.eq8_as_printed}{'-noise' * config.stochastic}"
+
+
+def _randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -21,50 +42,6 @@ def _support(tasks: int = 5) -> Support:
 
 def _denoiser(schedule: Schedule = SHORT, learner: Learner | None = None, preset: str = "stable") -> Denoiser:
     return build_denoiser(DenoiserConfig(preset=preset), 16, learner or PrototypeLearner(), schedule)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def ddpm() -> DDPMScheduler:
-    """diffusers' step with the same betas and without the noise: its posterior mean."""
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False)
-    # Its own tables in double precision: it goes through x_0, and at large t dividing by sqrt(abar_t) magnifies float32's rounding.
-    scheduler.alphas_cumprod = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    scheduler._get_variance = lambda *_, **__: torch.tensor(0.0)  # type: ignore[method-assign]
-    return scheduler
-
-
-def test_every_step_of_equation_8_is_diffusers_mean(ddpm: DDPMScheduler) -> None:
-    w = ours = _randn(2, 5, 8, seed=0).double()
-    for t in reversed(range(1000)):
-        eps_hat = torch.tanh(w * (1 + t / 1000)) + 0.1 * _randn(2, 5, 8, seed=t).double()
-        w = ddpm.step(eps_hat, t, w, generator=torch.Generator().manual_seed(0)).prev_sample  # type: ignore[union-attr]
-        ours = step(ours, eps_hat, coefficients(SCHEDULE, t, SamplerConfig()))
-        torch.testing.assert_close(ours, w, rtol=1e-9, atol=1e-9)
-
-
-def test_misprint_of_equation_8_is_not(ddpm: DDPMScheduler) -> None:
-    w, eps_hat = _randn(1, 2, 8, seed=0).double(), _randn(1, 2, 8, seed=1).double()
-    for t in (999, 500, 1):
-        printed = step(w, eps_hat, coefficients(SCHEDULE, t, SamplerConfig(eq8_as_printed=True)))
-        right = ddpm.step(eps_hat, t, w, generator=torch.Generator().manual_seed(0)).prev_sample  # type: ignore[union-attr]
-        assert (printed - right).abs().max() > 1e-3
-        alpha = 1 - SCHEDULE.beta[t]
-        torch.testing.assert_close(printed, (w - (1 - alpha) / (1 - alpha).sqrt() * eps_hat) / alpha.sqrt())
-
-
-def test_equation_7_without_momentum_and_noise_is_gradient_descent() -> None:
-    w, gradient, z, eta = _randn(1, 2, 8, seed=0), _randn(1, 2, 8, seed=1), _randn(1, 2, 8, seed=2), 0.3
-    torch.testing.assert_close(step(w, gradient, StepCoefficients(1.0, eta, 0.0), z), w - eta * gradient)
-    seventh = (w - eta * gradient) + (1.5 - 1) * w + 0.2 * z
-    torch.testing.assert_close(step(w, gradient, StepCoefficients(1.5, eta, 0.2), z), seventh)
-
-
-def test_coefficients_are_those_of_equation_5() -> None:
-    gamma, eta, xi = coefficients(SCHEDULE, 999, SamplerConfig(stochastic=True))
-    assert gamma == pytest.approx(0.98**-0.5)
-    assert eta == pytest.approx(0.02 / (0.98 * (1 - float(SCHEDULE.abar[999]))) ** 0.5)
-    assert xi == pytest.approx(0.02**0.5)
-    assert coefficients(SCHEDULE, 999, SamplerConfig()).xi == 0
 
 
 @pytest.mark.parametrize("learner", [PrototypeLearner(), LinearLearner()])
@@ -90,25 +67,79 @@ def test_steps_count_down_from_the_start_to_w_0() -> None:
     assert torch.equal(path[20], w_T)
     torch.testing.assert_close(path[0], sample(denoiser, SHORT, support, w_T))
     with torch.no_grad():
-        by_hand = step(w_T, denoiser(w_T, support, torch.tensor([19] * 5)), coefficients(SHORT, 19, SamplerConfig()))
+        by_hand = update(w_T, denoiser(w_T, support, torch.tensor([19] * 5)), plan(SHORT, SamplerConfig())[0])
     torch.testing.assert_close(path[19], by_hand)
 
 
-@pytest.mark.parametrize("stochastic", [False, True])
-def test_chunks_change_nothing(stochastic: bool) -> None:
-    def run(chunk: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0) if stochastic else None
-        config = SamplerConfig(chunk=chunk, stochastic=stochastic)
-        return sample(_denoiser(), SHORT, _support(), _randn(5, 3, 16, seed=4), config, generator)
+@pytest.mark.parametrize("config", METHODS, ids=_name)
+def test_path_is_that_of_the_plan(config: SamplerConfig) -> None:
+    """Each w_t is yielded under the t that it is then denoised at, in the paper's count, and stays what it was."""
+    denoiser, support, w_T = _denoiser(), _support(), _randn(5, 3, 16, seed=4)
+    timesteps = [step.t for step in plan(SHORT, config)]
+    assert len(timesteps) == config.evaluations(20) == (config.steps or 20)
+    path, copies = [], []
+    for t, w in denoise_steps(denoiser, SHORT, support, w_T, config):
+        path.append((t, w))
+        copies.append(w.clone())
+    assert [t for t, _ in path] == [*(t + 1 for t in timesteps), 0]
+    assert all(torch.equal(w, copy) for (_, w), copy in zip(path, copies, strict=True))
+    torch.testing.assert_close(path[-1][1], sample(denoiser, SHORT, support, w_T, config))
 
-    torch.testing.assert_close(run(2), run(5))
+
+@pytest.mark.parametrize("config", [*METHODS, *NOISY], ids=_name)
+def test_chunks_and_order_change_nothing(config: SamplerConfig) -> None:
+    """A task's w_0 depends neither on how many go together nor on which; without noise, nor on its place."""
+    denoiser, support, w_T = _denoiser(), _support(), _randn(5, 3, 16, seed=4)
+
+    def run(config: SamplerConfig, support: Support, w_T: Tensor) -> Tensor:
+        return sample(denoiser, SHORT, support, w_T, config, torch.Generator().manual_seed(0) if config.stochastic else None)
+
+    whole = run(config, support, w_T)
+    for chunk in (1, 2, 5):
+        torch.testing.assert_close(run(replace(config, chunk=chunk), support, w_T), whole)
+    if not config.stochastic:
+        back = Support(support.features.flip(0), support.labels.flip(0), support.way)
+        torch.testing.assert_close(run(replace(config, chunk=3), back, w_T.flip(0)).flip(0), whole)
+        torch.testing.assert_close(run(config, support[3:4], w_T[3:4]), whole[3:4])
 
 
-def test_noise_is_the_generators_and_makes_a_difference() -> None:
+@pytest.mark.parametrize("config", NOISY, ids=_name)
+def test_noise_is_the_generators_and_makes_a_difference(config: SamplerConfig) -> None:
     args = _denoiser(), SHORT, _support(), _randn(5, 3, 16, seed=4)
-    noisy = [sample(*args, SamplerConfig(stochastic=True), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    noisy = [sample(*args, config, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
     assert torch.equal(noisy[0], noisy[1])
     assert not torch.allclose(noisy[0], noisy[2], atol=0.1)
+    # Every task has noise of its own, in every chunk.
+    alike = _support(1)
+    twins = Support(alike.features.expand(4, -1, -1), alike.labels.expand(4, -1), alike.way)
+    w_0 = sample(_denoiser(), SHORT, twins, torch.zeros(4, 3, 16), replace(config, chunk=2), torch.Generator().manual_seed(0))
+    assert all((w_0[i] - w_0[j]).abs().max() > 0.1 for i in range(4) for j in range(i))
+
+
+def _peak(tasks: int, schedule: Schedule, config: SamplerConfig) -> int:
+    denoiser, support, w_T = _denoiser(schedule), _support(tasks), _randn(tasks, 3, 16, seed=4)
+    with Allocations() as allocations:
+        sample(denoiser, schedule, support, w_T, config, torch.Generator().manual_seed(0) if config.stochastic else None)
+    return allocations.peak
+
+
+@pytest.mark.parametrize("config", [*METHODS, *NOISY], ids=_name)
+def test_memory_is_that_of_one_chunk(config: SamplerConfig) -> None:
+    """More tasks need room for their w_0 alone; with noise, for w, z and the class means as well, but for nobody's activations."""
+    per_task = 3 * 16 * 4
+    in_chunks, at_once = (
+        (_peak(512, SHORT, each) - _peak(64, SHORT, each)) / (512 - 64) / per_task
+        for each in (replace(config, steps=3, chunk=8), replace(config, steps=3, chunk=512))
+    )
+    assert in_chunks <= (1 if not config.stochastic else 8 if config.method == "eq8_2m" else 7)
+    assert at_once > in_chunks + (1 if config.stochastic else 6), "or activations were not counted"
+
+
+def test_memory_grows_with_the_steps_by_their_clock_alone() -> None:
+    """A number a step and layer width, and what they are computed from; a w_t that were kept at each would be more."""
+    schedule, w_t = Schedule(ScheduleConfig(num_steps=500)), 64 * 3 * 16 * 4
+    few, many = (_peak(64, schedule, SamplerConfig(steps=steps)) for steps in (50, 500))
+    assert many - few < 450 * w_t / 3
 
 
 @pytest.mark.parametrize("preset", ["paper", "stable", "consistent"])
@@ -127,3 +158,18 @@ def test_w_0_can_be_trained_on() -> None:
     head = torch.nn.Linear(16, 1)
     head(w_0).sum().backward()
     assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "ddim", "eq8_as_printed": True}, "use method=eq8"),
+        ({"method": "eq8_2m", "eq8_as_printed": True}, "use method=eq8"),
+        ({"method": "dpmpp2m", "stochastic": True}, "draws no noise"),
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_in_one_line(options: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        validate(SamplerConfig, options, "c.yaml")
+    assert "\n" not in str(refused.value)

@@ -1,9 +1,12 @@
+from itertools import pairwise
+from typing import get_args
+
 import pytest
 import torch
 
 from metadiff.config import validate
 from metadiff.errors import UserError
-from metadiff.schedule import Schedule, ScheduleConfig
+from metadiff.schedule import Schedule, ScheduleConfig, Spacing
 
 
 def test_tables_are_the_linear_schedule() -> None:
@@ -41,3 +44,35 @@ def test_q_sample_takes_one_t_a_task_or_one_for_all() -> None:
 def test_beta_of_one_is_refused() -> None:
     with pytest.raises(UserError, match="beta_end=1"):
         validate(ScheduleConfig, {"beta_end": 1}, "c.yaml")
+
+
+@pytest.mark.parametrize("spacing", get_args(Spacing))
+@pytest.mark.parametrize("total", [1, 2, 7, 20, 1000])
+def test_kept_steps_go_down_from_the_noise_and_are_all_different(total: int, spacing: Spacing) -> None:
+    schedule = Schedule(ScheduleConfig(num_steps=total))
+    for steps in {*range(1, min(total, 60) + 1), total - 1, total} - {0}:
+        kept = schedule.timesteps(steps, spacing)
+        assert len(kept) == steps
+        assert kept[0] == total - 1
+        assert all(0 <= later < t for t, later in pairwise(kept))
+    assert schedule.timesteps(None, spacing) == schedule.timesteps(total, spacing) == list(range(total - 1, -1, -1))
+
+
+def test_even_steps_stride_down_to_w_0() -> None:
+    schedule = Schedule()
+    assert schedule.timesteps(5) == [999, 799, 599, 399, 199]
+    assert schedule.timesteps(3) == [999, 666, 332]
+
+
+def test_log_snr_steps_are_even_in_it_and_crowd_towards_w_0() -> None:
+    schedule = Schedule()
+    kept = schedule.timesteps(8, "log_snr")
+    assert (kept[0], kept[-1]) == (999, 0)
+    log_snr = (schedule.abar / (1 - schedule.abar)).log()[kept]
+    assert log_snr.diff().tolist() == pytest.approx([float(log_snr[-1] - log_snr[0]) / 7] * 7, rel=0.1)
+    assert schedule.timesteps(300, "log_snr")[-50:] == list(range(49, -1, -1))
+
+
+def test_more_steps_than_there_are_are_refused() -> None:
+    with pytest.raises(UserError, match=r"sampler\.steps=1001: the schedule has only 1000 .*lower it"):
+        Schedule().timesteps(1001)

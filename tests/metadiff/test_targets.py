@@ -1,7 +1,6 @@
 """Targets: fits against scikit-learn and scipy in float64, full and mixed precision, memory, and resuming after a kill."""
 
 import json
-import weakref
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from metadiff import artifact, targets
 from metadiff.artifact import Artifact
@@ -25,6 +23,7 @@ from metadiff.errors import UserError
 from metadiff.features import FeaturesConfig, FeatureTransform
 from metadiff.learners import Learner, LinearLearner, PrototypeLearner
 from metadiff.targets import FittedTargets, Targets, TargetsConfig, TargetSolver, class_means, target_scale, tasks_at_once, write_targets
+from tests.allocations import Allocations
 
 SIZES = np.array([12, 30, 18, 25, 9, 21])
 OFFSETS = np.concatenate([[0], np.cumsum(SIZES)])
@@ -294,36 +293,6 @@ def test_more_memory_is_for_more_tasks() -> None:
         assert tasks_at_once(*wider, ce()) < sizes[3]
 
 
-class Allocations(TorchDispatchMode):
-    """Adds up what tensors hold, and notes the most that it was."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = func(*args, **(kwargs or {}))
-        old = {each.untyped_storage().data_ptr() for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for each in tree_leaves(given):
-            if isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in old:
-                self._count(each.untyped_storage())
-        return given
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place in self.known or not size:
-            return
-        self.known.add(place)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, place, size)
-
-    def _free(self, place: int, size: int) -> None:
-        self.known.discard(place)
-        self.now -= size
-
-
 @EACH_PRECISION
 @pytest.mark.parametrize(("dim", "images"), [(64, 150), (256, 10)], ids=["many images", "many dimensions"])
 @pytest.mark.parametrize(("learner", "pull"), [FITS[0], FITS[2]], ids=["linear", "cosine-pull"])
@@ -436,6 +405,18 @@ def test_means_are_stored_once_a_class(tmp_path: Path) -> None:
     assert np.load(tmp_path / "targets.npy").shape == (len(SIZES), DIM)
     assert (there.num_tasks, there.dim, there.scale) == (TASKS, DIM, 1.0)
     torch.testing.assert_close(there.w_0(np.arange(TASKS)), class_means(FEATURES, OFFSETS)[CLASSES], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_of_the_table_are_the_targets_in_any_shape(shared: bool, tmp_path: Path) -> None:
+    there = write(tmp_path, PrototypeLearner() if shared else LINEAR, TargetsConfig(num_tasks=TASKS) if shared else ce(max_iterations=2))
+    assert there.table.data_ptr() == there.weights.ctypes.data, "mapped, not copied"
+    ids = np.array([[3, 0], [7, 3]])
+    rows = there.rows(ids)
+    assert rows.shape == (2, 2, WAY)
+    each = torch.stack([torch.stack([there.w_0(np.array([task]))[0] for task in of_step]) for of_step in ids])
+    for step in range(2):
+        assert torch.equal(there.gather(there.table, torch.from_numpy(rows[step])), each[step])
 
 
 def test_the_summary_and_diagnostics_tell_how_the_fits_went(tmp_path: Path) -> None:
