@@ -1,5 +1,6 @@
 """The noise predictor of MetaDiff (AAAI 2024), Section 4.2: eps_theta(w_t, S, t), its presets and its forms."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from pydantic import Field, model_validator
 from pydantic_core import ArgsKwargs
 from torch import Tensor, nn
 
+from metadiff.backprop import learn
 from metadiff.config import config
 from metadiff.errors import UserError
 from metadiff.learners import Gain, Learner, LinearLearner, Support
@@ -114,6 +116,8 @@ class Denoiser(nn.Module):
 
     signal: Tensor
     noise: Tensor
+    written_out: bool = True
+    """Learn by `metadiff.backprop` where that can be, rather than by autograd, which gives the same up to rounding."""
 
     def __init__(
         self,
@@ -131,7 +135,10 @@ class Denoiser(nn.Module):
 
     def forward(self, w_t: Tensor, support: Support, t: Tensor) -> Tensor:
         """(B, N, D): the predicted noise of w_t (B, N, D) at t in 0 .. T-1, (B,) or one for all: ()."""
-        return self.predict(w_t, self.condition(support), self.clock(t))
+        body, condition = self.body, self.condition(support)
+        if isinstance(body, TCUNet) and self._learns_written_out(w_t, t):
+            return self._predict(w_t, condition, self._process(t), lambda x: learn(body, x, t))
+        return self.predict(w_t, condition, self.clock(t))
 
     def condition(self, support: Support) -> Condition:
         """What does not change with w_t and t."""
@@ -139,18 +146,30 @@ class Denoiser(nn.Module):
 
     def clock(self, t: Tensor) -> Clock:
         """What does not change with w_t and the task."""
-        return Clock(self.signal[t][..., None, None], self.noise[t][..., None, None], self.body.clock(t) if self.body else ())
+        return self._process(t, self.body.clock(t) if self.body else ())
 
     def predict(self, w_t: Tensor, condition: Condition, clock: Clock) -> Tensor:
-        """(B, N, D): `forward` on what `condition` and `clock` have prepared."""
+        """(B, N, D): `forward` on what `condition` and `clock` have prepared; a tensor that nothing else holds."""
+        body = self.body
+        return self._predict(w_t, condition, clock, (lambda x: body(x, clock.network)) if body else None)
+
+    def _learns_written_out(self, w_t: Tensor, t: Tensor) -> bool:
+        assert isinstance(self.body, TCUNet)
+        learning = torch.is_grad_enabled() and not w_t.requires_grad and t.shape == w_t.shape[:1]
+        return learning and self.written_out and self.body.products is None
+
+    def _process(self, t: Tensor, network: tuple[Tensor, ...] = ()) -> Clock:
+        return Clock(self.signal[t][..., None, None], self.noise[t][..., None, None], network)
+
+    def _predict(self, w_t: Tensor, condition: Condition, clock: Clock, network: Callable[[Tensor], Tensor] | None) -> Tensor:
         a = condition.anchor
         if a is None:
             g = self._gradient(w_t, condition.support)
-            return self.body(g, clock.network) if self.body else g
+            return network(g) if network else g
         g_t = (w_t - clock.signal * a) / clock.noise
-        if self.body is None:
+        if network is None:
             return g_t
-        return g_t + clock.signal / clock.noise * self.body(torch.cat([g_t, a], dim=-1), clock.network)
+        return g_t + clock.signal / clock.noise * network(torch.cat([g_t, a], dim=-1))
 
     def _gradient(self, w_t: Tensor, support: Support) -> Tensor:
         scale, options = self.target_scale, self.config

@@ -132,8 +132,8 @@ class PrototypeLearner:
         if gain == "one":
             return step
         if gain == "mean":
-            return step * (2 * support.counts / support.size[:, None])[..., None]
-        return step * (2 * support.counts)[..., None] if gain == "sum" else step * gain
+            return step.mul_((2 * support.counts / support.size[:, None])[..., None])
+        return step.mul_((2 * support.counts)[..., None] if gain == "sum" else gain)
 
     def ce_loss(self, w: Tensor, support: Support) -> Tensor:
         """(B,): the mean cross-entropy over the support set. Eq. 10; Table 3 (ii)."""

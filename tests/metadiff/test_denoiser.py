@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from metadiff.backprop import learn
 from metadiff.config import validate
 from metadiff.denoiser import Denoiser, DenoiserConfig, build_denoiser
-from metadiff.diffusion import diffusion_loss, draw
+from metadiff.diffusion import diffusion_loss, draw, loss_weights
 from metadiff.errors import UserError
 from metadiff.learners import Learner, LinearLearner, PrototypeLearner, Support
 from metadiff.samplers import denoise_steps
 from metadiff.schedule import Schedule, ScheduleConfig
-from metadiff.tcunet import TCUNet, sinusoid
+from metadiff.tcunet import TCUNet, sinusoid, softplus
 
 SCHEDULE = Schedule()
 BLOCKS = ("eb1", "eb2", "bb", "db1", "db2")
@@ -147,7 +149,7 @@ def test_order_of_the_support_does_not_matter(options: dict[str, Any]) -> None:
     _fill(denoiser)
     w, t, order = _weights(support), torch.tensor([10, 700]), torch.randperm(12, generator=torch.Generator().manual_seed(0))
     shuffled = Support.of(support.features[:, order], support.labels[:, order], 3)
-    torch.testing.assert_close(denoiser(w, support, t), denoiser(w, shuffled, t))
+    torch.testing.assert_close(denoiser(w, support, t), denoiser(w, shuffled, t), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["stable", "consistent"])
@@ -238,8 +240,9 @@ def test_every_parameter_trains(options: dict[str, Any], learner: Learner, weigh
     schedule = Schedule(ScheduleConfig(num_steps=4, beta_end=0.5))
     denoiser, support = _denoiser(learner=learner, schedule=schedule, **options), _support(tasks=4)
     _fill(denoiser)
-    _, eps = draw(torch.Generator().manual_seed(0), support.means, 4)
-    diffusion_loss(denoiser, schedule, support.means, support, torch.arange(4), eps, weighting).backward()  # type: ignore[arg-type]
+    _, eps = draw(0, 0, support.means, 4)
+    weights = loss_weights(schedule, weighting).float()  # type: ignore[arg-type]
+    diffusion_loss(denoiser, schedule, support.means, support, torch.arange(4), eps, weights).backward()
     for name, parameter in denoiser.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -292,3 +295,43 @@ def test_time_counts_from_one_in_the_paper() -> None:
 def test_impossible_options_are_user_errors(tree: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         validate(DenoiserConfig, tree, "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *[{"preset": preset} for preset in ("paper", "official", "stable", "consistent")],
+        {"activation": "relu"},
+        {"skips": False},
+        {"skips": False, "output_mix": False, "time_from_one": True},
+        {"gradient": "ce"},
+    ],
+)
+def test_the_gradient_written_out_is_autograds(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    learned: list[int] = []
+    monkeypatch.setattr("metadiff.denoiser.learn", lambda body, x, t: learned.append(len(x)) or learn(body, x, t))
+    denoiser, support, t = _denoiser(**options).double(), _support(tasks=4), torch.tensor([0, 17, 500, 999])
+    support = Support.of(support.features.double(), support.labels, support.way)
+    _fill(denoiser)
+    w, pull = _weights(support).double(), torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = {}
+    for written_out in (True, False):
+        denoiser.written_out = written_out
+        denoiser.zero_grad()
+        out = denoiser(w, support, t)
+        (out * pull).sum().backward()
+        found[written_out] = {"out": out.detach(), **{name: p.grad for name, p in denoiser.named_parameters()}}
+    assert learned == [4]
+    for name, value in found[False].items():
+        torch.testing.assert_close(found[True][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_softplus_is_torchs_and_learns_as_it_does() -> None:
+    z = torch.tensor([-float("inf"), -1e30, -104.0, -88.0, -50.0, -17.0, -1.0, 0.0, 1e-3, 5.0, 19.0, 21.0, 79.0, 81.0, 1e30, float("inf")])
+    expected = F.softplus(z.double()).float()
+    torch.testing.assert_close(softplus(z), expected, rtol=1e-6, atol=2e-7)
+    assert softplus(torch.tensor([math.nan])).isnan().all()
+    torch.testing.assert_close(softplus(z.bfloat16()).float(), expected, rtol=4e-3, atol=1e-6)
+    inner = z[2:-2].double().requires_grad_()
+    (found,) = torch.autograd.grad(softplus(inner).sum(), inner)
+    torch.testing.assert_close(found, torch.sigmoid(inner.detach()), rtol=1e-6, atol=1e-6)

@@ -17,19 +17,37 @@ def _randn(*shape: int, seed: int) -> torch.Tensor:
 SUPPORT = Support.of(_randn(3, 4, 8, seed=0) * 0.1, torch.tensor([[0, 1, 0, 1]] * 3), 2)
 
 
-def test_draw_is_the_generators_and_covers_every_step() -> None:
+def test_draw_is_the_iterations_and_covers_every_step() -> None:
     w_0 = torch.zeros(4000, 2, 3)
-    t, eps = draw(torch.Generator().manual_seed(0), w_0, 10)
+    t, eps = draw(0, 7, w_0, 10)
     assert t.unique().tolist() == list(range(10))
     assert abs(float(eps.mean())) < 4 / 24000**0.5
-    again = draw(torch.Generator().manual_seed(0), w_0, 10)
-    assert torch.equal(t, again[0])
-    assert torch.equal(eps, again[1])
+    assert float(eps.std()) == pytest.approx(1, abs=0.03)
+    assert len(eps.flatten().unique()) > 23_900, "no stream twice"
+    for same, again in zip((t, eps), draw(0, 7, w_0, 10), strict=True):
+        assert torch.equal(same, again)
+    for other in (draw(1, 7, w_0, 10), draw(0, 8, w_0, 10)):
+        assert not torch.equal(other[0], t)
+        assert not torch.equal(other[1], eps)
 
 
-def test_ranks_draw_their_shares_of_the_same_batch() -> None:
-    whole = draw(torch.Generator().manual_seed(0), torch.zeros(6, 2, 3), 10)
-    shares = [draw(torch.Generator().manual_seed(0), torch.zeros(2, 2, 3), 10, Ranks(rank, 3)) for rank in range(3)]
+def test_threads_draw_the_same() -> None:
+    one = draw(3, 4, torch.zeros(300, 2, 3), 10)
+    torch.set_num_threads(2)
+    try:
+        two = draw(3, 4, torch.zeros(300, 2, 3), 10)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("size", [6, 64, 200])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_draw_their_shares_of_the_same_batch(size: int, world: int) -> None:
+    whole = draw(0, 1, torch.zeros(size, 2, 3), 10)
+    everyone = [Ranks(rank, world, elastic=True) for rank in range(world)]
+    lengths = [ranks.share(size).stop - ranks.share(size).start for ranks in everyone]
+    shares = [draw(0, 1, torch.zeros(length, 2, 3), 10, ranks, size) for ranks, length in zip(everyone, lengths, strict=True)]
     for drawn, parts in zip(whole, zip(*shares, strict=True), strict=True):
         assert torch.equal(drawn, torch.cat(parts))
 
@@ -48,7 +66,7 @@ def test_plain_weighting_of_an_untrained_consistent_denoiser_is_its_anchors_erro
     denoiser = build_denoiser(DenoiserConfig(preset="consistent"), 8, PrototypeLearner(), SCHEDULE)
     w_0, eps = SUPPORT.means + 0.1 * _randn(3, 2, 8, seed=1), _randn(3, 2, 8, seed=2)
     for t in ([0, 100, 300], [700, 900, 999]):
-        loss = diffusion_loss(denoiser, SCHEDULE, w_0, SUPPORT, torch.tensor(t), eps, "x0")
+        loss = diffusion_loss(denoiser, SCHEDULE, w_0, SUPPORT, torch.tensor(t), eps, loss_weights(SCHEDULE, "x0").float())
         torch.testing.assert_close(loss, (SUPPORT.means - w_0).square().mean(), rtol=1e-3, atol=0)
 
 

@@ -6,9 +6,9 @@ from metadiff.config import config, load, validate
 from metadiff.denoiser import DenoiserConfig
 from metadiff.errors import UserError
 from metadiff.features import FeaturesConfig
+from metadiff.optimisation import TrainConfig
 from metadiff.presets import PRESETS, underlay
 from metadiff.targets import TargetsConfig
-from metadiff.training import TrainConfig
 
 
 @config
