@@ -37,10 +37,13 @@ def draw_views(augment: AugmentConfig, size: int, seed: int, numbers: np.ndarray
     return _BOXES[augment.crop](uniform, size), flip, factors.astype(np.float32), order
 
 
-def transformer(augment: AugmentConfig | None, size: int, seed: int, parallel: bool) -> Callable[[np.ndarray, np.ndarray], torch.Tensor]:
+def transformer(
+    augment: AugmentConfig | None, size: int, seed: int, parallel: bool, pinned: bool = False
+) -> Callable[[np.ndarray, np.ndarray], torch.Tensor]:
     """Compile the function from (B, H, H, 3) uint8 images and the (B,) numbers of their showings to (B, 3, H, H) normalised float32.
 
     Channels are last in memory. Without augmentation the values are those of `metadiff.images.normalise`, bit for bit.
+    With `pinned`, a GPU can fetch them while the processor goes on (not run on a GPU yet).
     """
     mean, std = (np.tile((torch.tensor(values) * 255).numpy(), size) for values in (MEAN, STD))
     plain = numba.njit(parallel=parallel, **_COMPILED)(_normalise)
@@ -48,7 +51,7 @@ def transformer(augment: AugmentConfig | None, size: int, seed: int, parallel: b
     changes = augment is not None and (augment.crop != "none" or augment.flip or augment.color_jitter > 0)
 
     def transform(images: np.ndarray, numbers: np.ndarray) -> torch.Tensor:
-        out = torch.empty(len(images), size, size, 3)
+        out = torch.empty(len(images), size, size, 3, pin_memory=pinned)
         rows = out.numpy().reshape(len(images), size, 3 * size)
         if not changes:
             plain(images.reshape(rows.shape), mean, std, rows)

@@ -13,12 +13,10 @@ from pydantic import Field
 from distributed.beton import hold, import_ffcv, verified
 from metadiff.artifact import Artifact
 from metadiff.config import config
-from metadiff.episode_images import EpisodeBatch, EpisodePlan
+from metadiff.episode_images import EpisodePlan
 from metadiff.errors import UserError
 from metadiff.images import AugmentConfig, Batch, epoch_order
 from metadiff.parallel import ALONE, Ranks
-
-_STEPS_AT_ONCE = 256
 
 
 @config
@@ -42,6 +40,7 @@ class BetonBatches:
         artifact: `prepare`'s.
         augment: how to augment the images; None leaves them as they are.
         seed: with the number of an image's showing, all there is to the augmentation's randomness.
+        pinned: hand out batches in memory that a GPU can fetch from by itself.
 
     Attributes:
         labels: (n,) int64.
@@ -51,7 +50,14 @@ class BetonBatches:
     """
 
     def __init__(
-        self, artifact: Artifact, split: str, batch_size: int, settings: LoaderConfig, augment: AugmentConfig | None = None, seed: int = 0
+        self,
+        artifact: Artifact,
+        split: str,
+        batch_size: int,
+        settings: LoaderConfig,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        pinned: bool = False,
     ) -> None:
         import_ffcv()
         from distributed.augmentation import transformer
@@ -65,7 +71,7 @@ class BetonBatches:
         self.batch_size = batch_size
         self._decoder = Decoder(path, batch_size, num_workers, settings.os_cache)
         self.labels = torch.from_numpy(self._decoder.labels)
-        self._transform = transformer(augment, self._decoder.image_size, seed, parallel=num_workers > 1)
+        self._transform = transformer(augment, self._decoder.image_size, seed, num_workers > 1, pinned)
 
     def batches(self, indices: np.ndarray, numbers: np.ndarray | None = None) -> Generator[Batch, None, None]:
         """(B, 3, H, H) normalised float32 images and (B,) labels, `indices` in their order; the last batch may be smaller.
@@ -140,25 +146,37 @@ class FFCVLoader:
 
 
 class FFCVEpisodes:
-    """The support images of a plan's episodes: the same as MemoryEpisodes'.
+    """A plan's support images, decoded in threads ahead of whoever takes them: an `EpisodeImages` with the same images as MemoryEpisodes.
+
+    Args:
+        augment: how to augment the images; None leaves them as they are.
+        seed: with an image's place in all of the training, all there is to the augmentation's randomness.
+        pinned: as `BetonBatches`'.
 
     Raises:
         UserError: FFCV is absent, or the file is missing or damaged.
     """
 
-    def __init__(self, artifact: Artifact, split: str, plan: EpisodePlan, settings: LoaderConfig) -> None:
-        self.plan, self.images = plan, BetonBatches(artifact, split, plan.images_a_step, settings)
+    def __init__(
+        self,
+        artifact: Artifact,
+        split: str,
+        plan: EpisodePlan,
+        settings: LoaderConfig,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        pinned: bool = False,
+    ) -> None:
+        size = plan.images_a_step // plan.pieces_a_step
+        self.plan, self.images = plan, BetonBatches(artifact, split, size, settings, augment, seed, pinned)
 
-    def steps(self, start: int) -> Iterator[EpisodeBatch]:
-        """Batches without end from the global step `start` on."""
-        while True:
-            task_ids, episodes = self.plan.episodes(start, _STEPS_AT_ONCE)
-            count = len(task_ids) // _STEPS_AT_ONCE
-            with closing(self.images.batches(episodes.support.ravel())) as batches:
-                for step, (images, _) in enumerate(batches):
-                    part = slice(step * count, (step + 1) * count)
-                    yield EpisodeBatch(images, task_ids[part], episodes.classes[part])
-            start += _STEPS_AT_ONCE
+    def pieces(self, start: int) -> Generator[torch.Tensor, None, None]:
+        """The images of `EpisodeImages`."""
+        for drawn in self.plan.ahead(start):
+            # Counted over all episodes, so that it matters not which rank shows an image.
+            numbers = drawn.episode_ids[..., None] * drawn.support[0, 0].size + np.arange(drawn.support[0, 0].size)
+            with closing(self.images.batches(drawn.support.ravel(), numbers.ravel())) as batches:
+                yield from (images for images, _ in batches)
 
 
 def usable_workers(asked: int) -> int:

@@ -10,7 +10,8 @@ from distributed import embed, evaluate, fit_targets, prepare, pretrain, report,
 from distributed.beton import import_ffcv, refuse_if_in_use
 from distributed.blobs import open_blobs
 from distributed.config import EngineConfig, load
-from distributed.runtime import check_resources, connect, session
+from distributed.resources import check_resources
+from distributed.runtime import connect, session
 from distributed.store import StoreConfig
 from metadiff import command, preflight
 from metadiff.errors import UserError
@@ -38,21 +39,24 @@ def check(settings: EngineConfig, wanted: Collection[str], forced: Collection[st
     running = set(pending(settings, STAGES, list(wanted)[-1], frozenset(forced)))
     if "prepare" in running:
         refuse_if_in_use(artifact_path(settings, "prepare", STAGES["prepare"]))
-    if settings.loader.kind == "ffcv" and running & {"prepare", "pretrain", "embed"}:
+    on_images = {"prepare", "pretrain", "embed", *(["train"] if settings.train.source == "images" else [])}
+    if settings.loader.kind == "ffcv" and running & on_images:
         import_ffcv()
     if running & {"pretrain", "train"}:
         _refuse_absent("tensorboard", "TensorBoard")
     if running & {"pretrain", "embed", "fit_targets", "train", "evaluate"}:
-        if settings.ray.num_workers + settings.ray.num_actors:
+        if settings.ray.most:
             _refuse_absent("ray", "Ray")
         check_resources(settings.ray, settings.machine.device)
-        if settings.ray.address and settings.ray.num_workers + settings.ray.num_actors:
+        if settings.ray.address and settings.ray.most:
             connect(settings.ray)
     if "fit_targets" in running and settings.store.url:
         _refuse_unusable(settings.store)
-    for stage, size in (("pretrain", settings.pretrain.batch_size), ("train", settings.train.batch_size)):
-        if stage in running:
-            Ranks(0, max(1, settings.ray.num_workers)).share(size, f"{stage}.batch_size")
+    fewest, most = settings.ray.workers
+    if "pretrain" in running:
+        Ranks(0, max(1, fewest)).share(settings.pretrain.batch_size, "pretrain.batch_size")
+    if "train" in running:
+        Ranks(0, max(1, most), elastic=fewest < most).share(settings.train.batch_size, "train.batch_size")
 
 
 def _refuse_absent(module: str, name: str) -> None:

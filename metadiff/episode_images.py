@@ -1,29 +1,37 @@
-"""The support images of training episodes, step by step: what to train on when there is no bank of features."""
+"""Which episodes training visits, step by step, and their support images: what to train on where no bank of features will do."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from metadiff.episodes import Episodes, EpisodeSampler, TaskSchedule
-from metadiff.images import ImageSet, batches_in_order
+from metadiff.episodes import EpisodeSampler, TaskSchedule
+from metadiff.images import AugmentConfig, ImageSet, augmentation, normalise, transformed
 from metadiff.parallel import ALONE, Ranks
+
+_EPISODES_AHEAD = 4096
+"""Drawn in one call: a call costs as much as drawing a hundred."""
+_PIECE = 512
+"""Images that are decoded, and go through a backbone, at once at most."""
 
 
 @dataclass(frozen=True)
-class EpisodeBatch:
-    """One step's episodes of one rank.
+class Drawn:
+    """The episodes of M consecutive steps of one rank.
 
     Attributes:
-        images: (E N K, 3, H, H) normalised float32: episode by episode, in each class by class.
-        task_ids: (E,) the task of each.
-        classes: (E, N) the class of each way.
+        start: the first step.
+        episode_ids: (M, E).
+        task_ids: (M, E) the task of each.
+        support: (M, E, N, K) images of the split.
     """
 
-    images: torch.Tensor
+    start: int
+    episode_ids: np.ndarray
     task_ids: np.ndarray
-    classes: np.ndarray
+    support: np.ndarray
 
 
 class EpisodePlan:
@@ -36,7 +44,7 @@ class EpisodePlan:
         ranks: this process takes its share of every step.
 
     Raises:
-        UserError: the ranks cannot share the batch equally.
+        UserError: the ranks cannot share the batch.
     """
 
     def __init__(self, sampler: EpisodeSampler, schedule: TaskSchedule, batch_size: int, ranks: Ranks = ALONE) -> None:
@@ -44,29 +52,72 @@ class EpisodePlan:
         self.share = ranks.share(batch_size, "train.batch_size")
 
     @property
+    def episodes_a_step(self) -> int:
+        """E episodes in a step of this rank."""
+        return self.share.stop - self.share.start
+
+    @property
     def images_a_step(self) -> int:
         """E N K support images in a step of this rank."""
-        return (self.share.stop - self.share.start) * self.sampler.way * self.sampler.shot
+        return self.episodes_a_step * self.sampler.way * self.sampler.shot
 
-    def episodes(self, start: int, num_steps: int) -> tuple[np.ndarray, Episodes]:
-        """The (num_steps E,) task ids and the episodes of this rank from the global step `start` on, step after step."""
-        episode_ids = (
-            np.arange(start * self.batch_size, (start + num_steps) * self.batch_size).reshape(num_steps, -1)[:, self.share].ravel()
-        )
-        task_ids = self.schedule.task_ids(episode_ids)
-        return task_ids, self.sampler.draw(episode_ids, task_ids)
+    @property
+    def pieces_a_step(self) -> int:
+        """How many equal pieces of at most 512 images a step's support images come in."""
+        images = self.images_a_step
+        return next(pieces for pieces in range(-(-images // _PIECE), images + 1) if images % pieces == 0)
+
+    def draw(self, start: int, num_steps: int) -> Drawn:
+        """This rank's episodes of the global steps `start` .. `start + num_steps - 1`."""
+        every = np.arange(start * self.batch_size, (start + num_steps) * self.batch_size)
+        episode_ids = every.reshape(num_steps, -1)[:, self.share]
+        task_ids = self.schedule.task_ids(episode_ids.ravel())
+        support = self.sampler.support(episode_ids.ravel(), task_ids)
+        return Drawn(start, episode_ids, task_ids.reshape(episode_ids.shape), support.reshape(*episode_ids.shape, *support.shape[1:]))
+
+    def ahead(self, start: int) -> Iterator[Drawn]:
+        """The same without end from the global step `start` on, many steps at once."""
+        num_steps = max(1, _EPISODES_AHEAD // self.episodes_a_step)
+        while True:
+            yield self.draw(start, num_steps)
+            start += num_steps
+
+
+class EpisodeImages(Protocol):
+    """What training needs of a plan's images."""
+
+    def pieces(self, start: int) -> Generator[torch.Tensor, None, None]:
+        """Without end from the global step `start` on, the steps' support images (P, 3, H, H), normalised float32, channels last in memory.
+
+        They come episode by episode, in each class by class, in `EpisodePlan.pieces_a_step` equal pieces a step. Each is a pure function
+        of the step and of the image's place in the batch of all ranks.
+        """
+        ...
 
 
 class MemoryEpisodes:
-    """A plan's support images, from arrays in memory."""
+    """A plan's support images, from arrays in memory.
 
-    def __init__(self, images: ImageSet, plan: EpisodePlan) -> None:
-        self.images, self.plan = images, plan
+    Args:
+        augment: how to augment the images; None leaves them as they are.
+        seed: with an episode's number, all there is to the augmentation's randomness.
+    """
 
-    def steps(self, start: int) -> Iterator[EpisodeBatch]:
-        """Batches without end from the global step `start` on."""
-        while True:
-            task_ids, episodes = self.plan.episodes(start, 1)
-            (images,) = batches_in_order(self.images.images[episodes.support.ravel()], episodes.support.size)
-            yield EpisodeBatch(images, task_ids, episodes.classes)
-            start += 1
+    def __init__(self, images: ImageSet, plan: EpisodePlan, augment: AugmentConfig | None = None, seed: int = 0) -> None:
+        self.images, self.plan, self.seed = images, plan, seed
+        self.transform = augmentation(augment, images.images.shape[1]) if augment else None
+
+    def pieces(self, start: int) -> Generator[torch.Tensor, None, None]:
+        """The images of `EpisodeImages`."""
+        size = self.plan.images_a_step // self.plan.pieces_a_step
+        for drawn in self.plan.ahead(start):
+            for episode_ids, support in zip(drawn.episode_ids, drawn.support, strict=True):
+                yield from map(normalise, self._pixels(episode_ids, support).split(size))
+
+    def _pixels(self, episode_ids: np.ndarray, support: np.ndarray) -> torch.Tensor:
+        # Episode by episode, because the transforms of an episode's images draw from one stream, one after the other.
+        parts = [
+            transformed(self.images.images[images.ravel()], self.transform, [self.seed, episode])
+            for episode, images in zip(episode_ids.tolist(), support, strict=True)
+        ]
+        return torch.cat(parts)

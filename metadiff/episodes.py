@@ -11,6 +11,10 @@ from metadiff.config import config
 from metadiff.errors import UserError
 
 _CHUNK = 1024
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 divided by the golden ratio: the step of SplitMix64."""
+_FEW = 8
+"""Draws up to which remembering the swaps is faster than shuffling a deck."""
 
 
 @config
@@ -82,11 +86,19 @@ class EpisodeSampler:
             task_ids: (B,) whose classes to take; an episode's own number where None.
         """
         classes = self.classes(episode_ids if task_ids is None else task_ids)
-        need = self.shot + self.query
-        keys = random_keys(self.seed, "image", episode_ids, self.way * need).reshape(-1, need)
-        places = _deal(keys, self.sizes[classes].ravel()).reshape(*classes.shape, need)
-        images = places + self.offsets[classes][..., None]
+        images = self._images(episode_ids, classes, self.shot + self.query)
         return Episodes(classes, images[..., : self.shot], images[..., self.shot :])
+
+    def support(self, episode_ids: np.ndarray, task_ids: np.ndarray) -> np.ndarray:
+        """(B, N, K): the support images of `draw`, without drawing the queries."""
+        return self._images(episode_ids, self.classes(task_ids), self.shot)
+
+    def _images(self, episode_ids: np.ndarray, classes: np.ndarray, count: int) -> np.ndarray:
+        """The first `count` of the K + Q images that each episode draws from each of its classes (B, N)."""
+        places = np.arange(self.way)[:, None] * (self.shot + self.query) + np.arange(count)
+        keys = random_keys(self.seed, "image", episode_ids, places.ravel()).reshape(-1, count)
+        dealt = _deal(keys, self.sizes[classes].ravel()).reshape(*classes.shape, count)
+        return dealt + self.offsets[classes][..., None]
 
 
 @dataclass(frozen=True)
@@ -114,9 +126,27 @@ def _permutation(num_tasks: int, seed: int, visit: int) -> np.ndarray:
 def _deal(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(R, need) random keys to `need` distinct numbers below each row's size (R,), in random order: the start of a Fisher-Yates shuffle."""
     dealt = np.empty(keys.shape, np.int64)
+    deal = _deal_few if keys.shape[1] <= _FEW else _deal_chunk
     for start in range(0, len(keys), _CHUNK):
         rows = slice(start, start + _CHUNK)
-        dealt[rows] = _deal_chunk(keys[rows], sizes[rows])
+        dealt[rows] = deal(keys[rows], sizes[rows])
+    return dealt
+
+
+def _deal_few(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The same without a deck: a place that no swap has touched holds its own number."""
+    picks: list[np.ndarray] = []
+    moved: list[np.ndarray] = []
+    dealt = np.empty(keys.shape, np.int64)
+    for place in range(keys.shape[1]):
+        pick = place + (keys[:, place] % (sizes - place).astype(np.uint64)).astype(np.int64)
+        drawn, here = pick.copy(), np.full(len(keys), place)
+        for earlier, held in zip(picks, moved, strict=True):  # the last swap counts
+            np.copyto(drawn, held, where=earlier == pick)
+            np.copyto(here, held, where=earlier == place)
+        picks.append(pick)
+        moved.append(here)
+        dealt[:, place] = drawn
     return dealt
 
 
@@ -132,17 +162,20 @@ def _deal_chunk(keys: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return deck[:, :need]
 
 
-def random_keys(seed: int, purpose: str, numbers: np.ndarray, count: int) -> np.ndarray:
-    """(B, count) 64-bit keys, hashed from (seed, purpose, number, position)."""
+def random_keys(seed: int, purpose: str, numbers: np.ndarray, places: int | np.ndarray) -> np.ndarray:
+    """(B, P) 64-bit keys, hashed from (seed, purpose, number, place): of these places, or of the first so many."""
     stream = _mix(np.uint64(seed) + np.uint64(int.from_bytes(purpose.encode(), "little")))
     rows = _mix(numbers.astype(np.uint64) ^ stream)
-    return _mix(rows[:, None] + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    return _mix(rows[:, None] + np.asarray(np.arange(places) if isinstance(places, int) else places, np.uint64) * _GOLDEN)
 
 
 def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
     """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of 64-bit words that scrambles every bit."""
     with np.errstate(over="ignore"):
-        x = np.asarray(x, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        x = np.asarray(x, np.uint64) + _GOLDEN
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(0xBF58476D1CE4E5B9)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+        return x

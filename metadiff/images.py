@@ -136,7 +136,7 @@ class MemoryLoader:
         """The batches of one epoch."""
         for step, chosen in enumerate(epoch_order(len(self.images.labels), self.batch_size, self.seed, epoch)):
             # All of the batch, because the transforms of its images draw from one stream, one after the other.
-            pixels = _transformed(self.images.images[chosen], self.transform, [self.seed, epoch, step])
+            pixels = transformed(self.images.images[chosen], self.transform, [self.seed, epoch, step])
             yield normalise(pixels[self.share]), torch.from_numpy(self.images.labels[chosen[self.share]])
 
 
@@ -158,7 +158,7 @@ def batches_in_order(
     """All images from `first` on once, in order: (B, 3, H, W) normalised; `seed` is the random transform's."""
     for start in range(first, len(images), batch_size):
         pixels = images[start : start + batch_size]
-        yield normalise(_transformed(pixels, transform, [seed, start]) if transform else _as_tensor(pixels))
+        yield normalise(transformed(pixels, transform, [seed, start]))
 
 
 def fit_to_square(image: Image.Image, size: int) -> np.ndarray:
@@ -233,8 +233,10 @@ def _as_tensor(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
 
 
-def _transformed(images: np.ndarray, transform: Transform, entropy: list[int]) -> torch.Tensor:
+def transformed(images: np.ndarray, transform: Transform | None, entropy: list[int]) -> torch.Tensor:
     """(B, H, H, 3) uint8 images to (B, 3, H, H), each transformed by random numbers that depend on `entropy` alone."""
+    if transform is None:
+        return _as_tensor(images)
     with torch.random.fork_rng(devices=[]):
         # torchvision draws from the global generator; the fork keeps that inside this batch.
         torch.default_generator.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))

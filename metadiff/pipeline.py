@@ -25,12 +25,12 @@ from metadiff.features import EmbedConfig, FeaturesConfig
 from metadiff.images import PrepareConfig
 from metadiff.learners import LearnerConfig
 from metadiff.machine import MachineConfig, set_up
+from metadiff.optimisation import TrainConfig
 from metadiff.presets import underlay
 from metadiff.pretraining import PretrainConfig
 from metadiff.samplers import SamplerConfig
 from metadiff.schedule import ScheduleConfig
 from metadiff.targets import TargetsConfig
-from metadiff.training import TrainConfig
 
 ENGINE_SECTIONS = ("loader", "beton", "store", "ray")
 """Sections of a configuration that say how the distributed engine works: one process does without."""

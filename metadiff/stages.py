@@ -1,39 +1,34 @@
 """What each stage does in one process: glue between the configuration and the method."""
 
-import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-from metadiff.artifact import write_atomically
 from metadiff.backbones import build_backbone, feature_dim
+from metadiff.batches import FeatureSource, ImageSource, OpenImages
 from metadiff.checkpoint import save_state
 from metadiff.datasets.source import SPLITS
+from metadiff.episode_images import EpisodePlan, MemoryEpisodes
 from metadiff.episodes import EpisodeSampler, TaskSchedule
-from metadiff.evaluation import Scores
 from metadiff.features import EmbedConfig, FeatureBank, FeaturesConfig, FeatureTransform, embed_images, write_bank
 from metadiff.images import ImageLoader, ImageSet, MemoryLoader, write_split
-from metadiff.learners import Support, build_learner
+from metadiff.learners import build_learner
 from metadiff.metrics import Log
 from metadiff.parallel import ALONE, Ranks
+from metadiff.pieces import evaluate
 from metadiff.pipeline import Run, Stage, say
 from metadiff.pretraining import BACKBONE, Classifier, load_backbone, pretrain
 from metadiff.reporting import other_evaluations, report
 from metadiff.schedule import Schedule
-from metadiff.scoring import TRANSFORM, Scoring, new_denoiser, open_transform, protocol, rows
+from metadiff.scoring import TRANSFORM, new_denoiser, open_transform
 from metadiff.targets import Targets, write_targets
 from metadiff.training import train
 
-RESULTS = "results.json"
-PART = ".part.json"
-"""Ends the names of files that are gone when the results are written."""
 _VALIDATION_IMAGES = 100
 _VALIDATION_TASKS = 1000
 
@@ -120,62 +115,44 @@ def say_unconverged(summary: Mapping[str, Any]) -> None:
         say(f"fit_targets: {summary['unconverged']} of {summary['tasks']} fits stopped above targets.tolerance; see diagnostics.npy")
 
 
-def train_denoisers(run: Run, folder: Path, ranks: Ranks = ALONE, log: Callable[[int], Log] | None = None) -> None:
-    """Train one denoiser for each number of shots; `log` gives each its place for rows beside the file."""
-    schedule = Schedule(run.config.schedule, run.device)
+def train_denoisers(
+    run: Run, folder: Path, ranks: Ranks = ALONE, log: Callable[[int], Log] | None = None, images: OpenImages | None = None
+) -> None:
+    """Train one denoiser for each number of shots.
+
+    Args:
+        log: gives each number of shots its place for rows beside the file.
+        images: opens the base images for train.source=images, if not `MemoryEpisodes`.
+    """
+    schedule, source = Schedule(run.config.schedule, run.device), _source(run, ranks, images)
     for shot in run.config.episodes.shots:
         denoiser = new_denoiser(run, schedule, run.config.seed).to(run.device)
-        batches, label = partial(_batches, run, shot, ranks), f"train {run.config.denoiser.preset} {shot}-shot"
+        batches, label = partial(source.batches, _plan(run, shot, ranks)), f"train {run.config.denoiser.preset} {shot}-shot"
         path, curves = folder / f"{shot}shot", log(shot) if log else None
         train(denoiser, schedule, batches, run.config.train, run.config.seed, path, label, ranks=ranks, log=curves)
 
 
-def evaluate_systems(run: Run, folder: Path) -> None:
-    """Score every row on the same tasks, shot by shot, and keep curves and pictures for the report."""
-    shots = run.config.episodes.shots
-    parts = {shot: folder / f"{shot}shot{PART}" for shot in shots}
-    for shot in [shot for shot in shots if not parts[shot].exists()]:
-        write_atomically(parts[shot], json.dumps(_evaluate_shot(run, shot)).encode())
-    write_results(run, folder, {shot: json.loads(parts[shot].read_text()) for shot in shots})
-    for part in folder.glob(f"*{PART}"):
-        part.unlink()
+def _plan(run: Run, shot: int, ranks: Ranks) -> EpisodePlan:
+    """Seeded rounds over all tasks, with new support images at every visit."""
+    offsets, settings, seed = FeatureBank.open(run.artifacts["embed"], "base").offsets, run.config.episodes, run.config.seed
+    sampler = EpisodeSampler(offsets, settings.way, shot, settings.query, seed, "base")
+    schedule = TaskSchedule(Targets.open(run.artifacts["fit_targets"]).num_tasks, seed)
+    return EpisodePlan(sampler, schedule, run.config.train.batch_size, ranks)
 
 
-def _evaluate_shot(run: Run, shot: int) -> dict[str, Any]:
-    scoring, parts = Scoring(run, shot), []
-    with tqdm(total=scoring.num_tasks, desc=f"evaluate {run.variant} {shot}-shot", unit="task", mininterval=1.0) as progress:
-        for block in scoring.blocks:
-            parts.append(scoring.score(block))
-            progress.update(len(block))
-    return {"rows": rows(run, shot, Scores.joined(parts)), **scoring.illustrations()}
+def _source(run: Run, ranks: Ranks, images: OpenImages | None) -> FeatureSource | ImageSource:
+    """Where training takes its support sets from."""
+    settings, targets = run.config, Targets.open(run.artifacts["fit_targets"])
+    transform = open_transform(run.artifacts["fit_targets"].file(TRANSFORM))
+    if settings.train.source == "features":
+        bank = FeatureBank.open(run.artifacts["embed"], "base")
+        return FeatureSource(bank, transform, targets, settings.seed, run.device, ranks.world)
 
+    def from_memory(plan: EpisodePlan) -> MemoryEpisodes:
+        augment = settings.pretrain.augment if settings.train.augment else None
+        return MemoryEpisodes(ImageSet.open(run.artifacts["prepare"], "base"), plan, augment, settings.seed)
 
-def write_results(run: Run, folder: Path, scored: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write `trace.json`, `examples.json` and, when all else is done, `results.json` from what is known of each number of shots."""
-    for name in ("trace", "examples"):
-        _write_json(folder / f"{name}.json", {str(shot): part[name] for shot, part in scored.items()})
-    every = [row for part in scored.values() for row in part["rows"]]
-    _write_json(folder / RESULTS, {"protocol": protocol(run), "rows": every})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=1).encode())
-
-
-def _batches(run: Run, shot: int, ranks: Ranks, start: int) -> Iterator[tuple[Tensor, Support]]:
-    """A rank's training batches from iteration `start` on: seeded rounds over all tasks, with new support images at every visit."""
-    bank, targets, settings = FeatureBank.open(run.artifacts["embed"], "base"), Targets.open(run.artifacts["fit_targets"]), run.config
-    transform, size = open_transform(run.artifacts["fit_targets"].file(TRANSFORM)), settings.train.batch_size
-    sampler = EpisodeSampler(bank.offsets, settings.episodes.way, shot, settings.episodes.query, settings.seed, "base")
-    schedule, share = TaskSchedule(targets.num_tasks, settings.seed), ranks.share(size)
-    labels = torch.arange(sampler.way).repeat_interleave(shot).expand(share.stop - share.start, -1)
-    for iteration in itertools.count(start):
-        episode_ids = np.arange(iteration * size, (iteration + 1) * size)[share]
-        task_ids = schedule.task_ids(episode_ids)
-        images = sampler.draw(episode_ids, task_ids).support.reshape(len(task_ids), -1)
-        views = np.random.default_rng([settings.seed, iteration]).integers(len(bank.views), size=(size, images.shape[1]))[share]
-        support = Support(transform(bank.views[views, images]), labels, sampler.way)
-        yield targets.w_0(task_ids).to(run.device), support.to(run.device)
+    return ImageSource(images or from_memory, open_backbone(run), transform, targets, settings.train.backbone_precision, run.device)
 
 
 STAGES: dict[str, Stage] = {
@@ -185,7 +162,7 @@ STAGES: dict[str, Stage] = {
     "fit_targets": Stage(fit_targets, ("features", "learner", "targets", "episodes.way"), ("embed",), variant=True),
     "train": Stage(train_denoisers, ("episodes", "learner", "schedule", "denoiser", "train"), ("embed", "fit_targets"), variant=True),
     "evaluate": Stage(
-        evaluate_systems,
+        evaluate,
         ("episodes", "learner", "schedule", "denoiser", "sampler", "evaluate"),
         ("embed", "fit_targets", "train"),
         variant=True,

@@ -5,8 +5,10 @@ Shapes throughout: B tasks, N classes (the way), C base classes, D feature dimen
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -109,11 +111,28 @@ class Targets:
         """(B,) task ids to (B, N) classes."""
         return self.class_ids[task_ids]
 
+    @cached_property
+    def table(self) -> Tensor:
+        """(R, D): the weights row by row, memory-mapped and of the type that they are stored in."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+            return torch.from_numpy(self.weights).view(-1, self.dim)
+
+    def rows(self, task_ids: np.ndarray) -> np.ndarray:
+        """(...) task ids to (..., N) int64: which rows of the table are their weights."""
+        if self.weights.ndim == 2:
+            return self.class_ids[task_ids]
+        way = self.class_ids.shape[1]
+        return task_ids[..., None] * way + np.arange(way)
+
     def w_0(self, task_ids: np.ndarray) -> Tensor:
         """(B,) task ids to (B, N, D) float32 targets, multiplied by `scale`."""
-        shared = self.weights.ndim == 2
-        w = self.weights[self.class_ids[task_ids] if shared else task_ids]
-        return torch.from_numpy(np.asarray(w, np.float32)) * self.scale
+        return self.gather(self.table, torch.from_numpy(self.rows(task_ids)))
+
+    def gather(self, table: Tensor, rows: Tensor) -> Tensor:
+        """(B, N, D): `w_0` of `rows` (B, N) of the table or a copy of it, on the device of both."""
+        w = table.index_select(0, rows.flatten()).view(*rows.shape, -1).float()
+        return w if self.scale == 1 else w.mul_(self.scale)
 
     @classmethod
     def open(cls, artifact: Artifact) -> "Targets":

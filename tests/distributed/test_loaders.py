@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from distributed import loaders
 from distributed.beton import in_use
 from distributed.decoding import DecodingThread
 from distributed.loaders import BetonBatches, FFCVEpisodes, FFCVLoader, LoaderConfig, usable_workers
+from metadiff import episode_images
 from metadiff.artifact import Artifact
 from metadiff.episode_images import EpisodePlan, MemoryEpisodes
 from metadiff.episodes import EpisodeSampler, TaskSchedule
 from metadiff.errors import UserError
 from metadiff.images import AugmentConfig, Batch, MemoryLoader
-from metadiff.parallel import Ranks
+from metadiff.parallel import ALONE, Ranks
 from tests.distributed.betons import noise, normal, prepared
 
 IMAGES = noise()
@@ -229,17 +230,48 @@ def test_batches_that_cannot_be_are_refused(artifact: Artifact) -> None:
         FFCVLoader(artifact, "base", 61, PLAIN, 0, ONE)
 
 
-def test_episodes_are_those_of_the_loader_in_memory(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaders, "_STEPS_AT_ONCE", 3)
-    for ranks in (Ranks(), Ranks(1, 2)):
-        plan = EpisodePlan(EpisodeSampler(IMAGES.offsets, 3, 2, 1, seed=4), TaskSchedule(11, 4), 4, ranks)
-        ours, theirs = FFCVEpisodes(artifact, "base", plan, ONE), MemoryEpisodes(IMAGES, plan)
-        for start in (0, 50):
-            steps = zip(itertools.islice(ours.steps(start), 7), theirs.steps(start), strict=False)
-            for step, (batch, expected) in enumerate(steps):
-                assert torch.equal(batch.images, expected.images), (start, step)
-                np.testing.assert_array_equal(batch.task_ids, expected.task_ids)
-                np.testing.assert_array_equal(batch.classes, expected.classes)
+def plan(ranks: Ranks = ALONE) -> EpisodePlan:
+    return EpisodePlan(EpisodeSampler(IMAGES.offsets, 3, 2, 1, seed=4), TaskSchedule(11, 4), 4, ranks)
+
+
+def steps(artifact: Artifact, start: int, augment: AugmentConfig | None = None, ranks: Ranks = ALONE) -> list[torch.Tensor]:
+    """The support images of seven steps, put together from their pieces."""
+    count = 7 * plan(ranks).pieces_a_step
+    with closing(FFCVEpisodes(artifact, "base", plan(ranks), ONE, augment, 5).pieces(start)) as pieces:
+        return list(torch.cat(list(itertools.islice(pieces, count))).chunk(7))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps are drawn at once, of two pieces or more."""
+    monkeypatch.setattr(episode_images, "_EPISODES_AHEAD", 3 * 4)
+    monkeypatch.setattr(episode_images, "_PIECE", 20)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("ranks", [ALONE, Ranks(1, 2), Ranks(2, 3, elastic=True)])
+@pytest.mark.parametrize("start", [0, 50])
+def test_episodes_are_those_of_the_loader_in_memory(artifact: Artifact, ranks: Ranks, start: int) -> None:
+    with closing(FFCVEpisodes(artifact, "base", plan(ranks), ONE).pieces(start)) as ours:
+        pairs = zip(itertools.islice(ours, 9), MemoryEpisodes(IMAGES, plan(ranks)).pieces(start), strict=False)
+        for images, expected in pairs:
+            assert torch.equal(images, expected)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_augmentation_of_episodes_depends_on_their_number_alone(artifact: Artifact) -> None:
+    whole, last = steps(artifact, 50, RICH), Ranks(2, 3, elastic=True)
+    for part, step in zip(steps(artifact, 50, RICH, last), whole, strict=True):
+        assert torch.equal(part, step.unflatten(0, (4, -1))[last.share(4)].flatten(0, 1))
+    assert all(torch.equal(later, step) for later, step in zip(steps(artifact, 52, RICH), whole[2:], strict=False))
+    plain = torch.cat(steps(artifact, 50))
+    support = plan().draw(50, 7).support.ravel()
+    shown = {image: np.flatnonzero(support == image) for image in set(support.tolist())}
+    again = [places[:2] for places in shown.values() if len(places) > 1]
+    assert again, "some image is shown twice"
+    assert all(torch.equal(*plain[places]) for places in again)
+    assert not any(torch.equal(*torch.cat(whole)[places]) for places in again)
 
 
 def test_the_loader_in_memory_needs_no_ffcv() -> None:
