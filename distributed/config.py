@@ -7,7 +7,7 @@ from typing import cast
 
 from distributed.beton import BetonConfig
 from distributed.loaders import LoaderConfig
-from distributed.runtime import RayConfig
+from distributed.resources import RayConfig
 from distributed.store import StoreConfig
 from metadiff.config import config
 from metadiff.machine import MachineConfig, set_up

@@ -17,7 +17,7 @@ from metadiff.pipeline import Run
 
 
 def build(run: Run, folder: Path) -> None:
-    """Pretrain in as many workers as the configuration says."""
+    """Pretrain in as many workers as the configuration says; of [fewest, most], the fewest, for batch norm sees their number."""
     launch(_pretrain, {"run": run, "folder": folder}, cast(EngineConfig, run.config).ray, run.folder / ".ray")
 
 
@@ -35,7 +35,7 @@ def _ffcv_loader(run: Run, ranks: Ranks, base: ImageSet) -> ImageLoader:
         settings.pretrain.batch_size,
         settings.pretrain.augment,
         settings.seed,
-        loader_of_one(settings, settings.ray.num_workers),
+        loader_of_one(settings, settings.ray.workers[0]),
         ranks,
     )
 

@@ -1,4 +1,4 @@
-"""Ray: its settings, one connection or private instance for a command, and work dealt out to its actors."""
+"""Ray: one connection or private instance for a command, and work dealt out to its actors."""
 
 import atexit
 import logging
@@ -10,17 +10,16 @@ import sys
 import threading
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import AfterValidator, Field
 
 from distributed.actors import Actor, Worker
 from distributed.crew import Crew
 from distributed.guardian import environment, guarded_folder
+from distributed.resources import RayConfig, an_address, check_resources, room
 from distributed.scheduling import Dispatcher
 from distributed.tally import Watch, results_here
-from metadiff.config import config
 from metadiff.errors import UserError
 from metadiff.pipeline import say
 
@@ -49,67 +48,6 @@ _CLUSTER_ENVIRONMENT = {"RAY_gcs_server_port_wait_time_s": "1", "RAY_py_gcs_conn
 
 _opened = ExitStack()
 atexit.register(_opened.close)
-
-
-def _an_address(address: str | None) -> str | None:
-    host, _, port = (address or "").rpartition(":")
-    if address in (None, "auto") or (host and "/" not in host and port.isdigit() and int(port) < 2**16):
-        return address
-    raise ValueError("expected nothing (an instance of its own), auto (the cluster this machine is a node of) or HOST:PORT")
-
-
-def _a_share(gpus: float) -> float:
-    if gpus > 1 and not gpus.is_integer():
-        raise ValueError("above 1 a worker takes whole GPUs")
-    return gpus
-
-
-@config
-class RayConfig:
-    """Where the stages' processes run and what each of them gets; only the backbone depends on them, through batch norm."""
-
-    address: Annotated[str | None, AfterValidator(_an_address)] = None
-    """A cluster's HOST:PORT or `auto`; without it, a private instance on this machine for as long as the command lasts."""
-    num_workers: Annotated[int, Field(ge=0)] = 1
-    """Data-parallel processes of a training; 0: this process, without Ray."""
-    num_actors: Annotated[int, Field(ge=0)] = 1
-    """Actors of the other stages; 0: this process, without Ray."""
-    cpus_per_worker: Annotated[int, Field(ge=1)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0), AfterValidator(_a_share)] = 0.0
-    max_failures: Annotated[int, Field(ge=0)] = 3
-    """How often a training is started again after it lost a worker."""
-
-
-def check_resources(settings: RayConfig, device: Literal["auto", "cpu", "cuda"] = "auto") -> None:
-    """Refuse, before anything is started, what this machine cannot give.
-
-    Args:
-        device: `machine.device`.
-
-    Raises:
-        UserError: more CPUs or GPUs than there are, or GPUs that the configuration asks for and leaves unused.
-    """
-    wanted = {"ray.num_workers": settings.num_workers, "ray.num_actors": settings.num_actors}
-    if not any(wanted.values()):
-        return
-    if settings.gpus_per_worker and device == "cpu":
-        raise UserError(
-            f"ray.gpus_per_worker={settings.gpus_per_worker:g} with machine.device='cpu': set the one to 0 or the other to auto"
-        )
-    if not settings.gpus_per_worker and device == "cuda":
-        raise UserError("machine.device='cuda' with ray.gpus_per_worker=0: Ray gives such workers no GPU; set ray.gpus_per_worker")
-    if settings.address is None:
-        for knob, count in wanted.items():
-            _refuse_more(knob, count, "cpus", settings.cpus_per_worker, len(os.sched_getaffinity(0)))
-            _refuse_more(knob, count, "gpus", settings.gpus_per_worker, torch.cuda.device_count())
-
-
-def _refuse_more(knob: str, count: int, kind: str, each: float, available: int) -> None:
-    if count * each > available:
-        raise UserError(
-            f"{knob}={count}: with ray.{kind}_per_worker={each:g} it asks for {count * each:g} {kind[:-1].upper()}s, this machine has "
-            f"{available}; lower {knob} or ray.{kind}_per_worker, or give the ray.address of a cluster"
-        )
 
 
 @contextmanager
@@ -157,7 +95,7 @@ def _start_instance(settings: RayConfig) -> None:
     if torch.cuda.is_available() and not settings.gpus_per_worker:
         say("ray: this machine's GPU stays unused, because ray.gpus_per_worker=0")
     folder = _opened.enter_context(guarded_folder())
-    workers = max(settings.num_workers, settings.num_actors)
+    workers = min([settings.most, *(int(available / each) for each, available in room(settings).values() if each)])
     _opened.callback(_shut_down)
     ray.init(
         address="local",
@@ -191,7 +129,7 @@ def _join_cluster(settings: RayConfig, address: str) -> None:
         ) from error
     has = ray.cluster_resources()
     for kind, each in (("CPU", settings.cpus_per_worker), ("GPU", settings.gpus_per_worker)):
-        needed = max(settings.num_workers, settings.num_actors) * each
+        needed = max(settings.workers[0], settings.num_actors) * each
         if needed > has.get(kind, 0):
             say(f"ray: the cluster at {address} has {has.get(kind, 0):g} {kind}s now, the configuration asks for {needed:g}")
 
@@ -200,7 +138,7 @@ def _probe(where: str, address: str) -> None:
     """Find out within seconds, and without Ray's own retries and log lines, whether a gRPC server listens there."""
     advice = "start the cluster or correct the address, or leave ray.address out to use this machine alone"
     try:
-        host, _, port = str(_an_address(address)).rpartition(":")
+        host, _, port = str(an_address(address)).rpartition(":")
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_SECONDS) as server:
             server.sendall(_HTTP2_GREETING)
             answer = server.recv(9)

@@ -16,6 +16,7 @@ from metadiff.errors import UserError
 from metadiff.parallel import ALONE, Ranks
 
 _TENSOR = "__tensor__"
+_BESIDE = "beside"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -51,16 +52,22 @@ class Checkpoints:
     `<name>-<step>.safetensors` counts only with its marker `<name>-<step>.json`, which holds its size and checksum and is written last.
     `<name>.attempt` names the attempt that began last: an older one that is still running (its starter was killed, say) stops as soon as
     it would write. Rank 0 alone writes; what to resume from is its decision.
+
+    Attributes:
+        beside: plain values that `save` keeps beside the state, and that `resume` brings back.
     """
 
     def __init__(self, folder: Path, name: str, ranks: Ranks = ALONE) -> None:
         self._folder, self._name, self._ranks = folder, name, ranks
         self._attempt = uuid.uuid4().hex
+        self.beside: dict[str, float] = {}
 
     def resume(self) -> tuple[int, dict[str, Any]]:
         """Begin this attempt: the step and the state of the newest checkpoint that holds, on every rank; (0, {}) where there is none."""
         step = self._ranks.agree(self._begin() if self._ranks.first else 0)
-        return step, load_state(self._file(step)) if step else {}
+        state = load_state(self._file(step)) if step else {}
+        self.beside = state.pop(_BESIDE, {})
+        return step, state
 
     def writable(self) -> bool:
         """Whether the training's files are this process's to write, as only rank 0's are; to be asked right before each write.
@@ -84,7 +91,7 @@ class Checkpoints:
         if not self.writable():
             return
         file = self._file(step)
-        save_state(file, state)
+        save_state(file, {**state, _BESIDE: self.beside})
         marker = {"step": step, "bytes": file.stat().st_size, "sha256": sha256(file)}
         write_atomically(file.with_suffix(".json"), json.dumps(marker).encode())
         steps = self._steps()

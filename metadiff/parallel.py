@@ -1,5 +1,6 @@
 """Data parallelism: one training in several processes, each with its share of every batch, over torch.distributed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +22,16 @@ class Ranks:
         rank: 0 .. world - 1.
         world: the number of processes.
         device: where this process computes; None leaves that to the caller.
+        elastic: whether `world` may be another one when the training goes on after an interruption.
+        notice: tells whether the ranks are likely to be stopped soon, because a machine of theirs is about to be taken away, say; called by
+            all of them alike, of whose answers rank 0's counts. None: nobody would tell.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device | None = None
+    elastic: bool = False
+    notice: Callable[[], bool] | None = None
 
     @property
     def first(self) -> bool:
@@ -33,18 +39,31 @@ class Ranks:
         return self.rank == 0
 
     def share(self, size: int, option: str = "batch_size") -> slice:
-        """This rank's part of a global batch: contiguous and as large as the others', so that the mean of means is the mean.
+        """This rank's part of a global batch: contiguous, and as large as the others'; if `elastic`, as nearly as can be.
 
         Raises:
-            UserError: `size`, which the user set by `option`, is not a multiple of the number of processes.
+            UserError: `size`, which the user set by `option`, is not a multiple of the number of processes; if `elastic`, is below it.
         """
-        if size % self.world:
+        if self.elastic:
+            if size < self.world:
+                raise UserError(
+                    f"{option}={size}: leaves some of {self.world} workers without a part; "
+                    f"set it to {self.world} or more, or lower ray.num_workers"
+                )
+        elif size % self.world:
             raise UserError(
                 f"{option}={size}: cannot be shared equally by {self.world} workers; "
                 f"set it to a multiple of {self.world}, or change ray.num_workers"
             )
-        part = size // self.world
-        return slice(self.rank * part, (self.rank + 1) * part)
+        return slice(self.rank * size // self.world, (self.rank + 1) * size // self.world)
+
+    def weight(self, size: int) -> float:
+        """What to multiply the mean over this rank's `share` by, so that `mean` over the ranks is the global batch's; 1 if all are equal.
+
+        The same holds for the gradient of such a mean, which `wrap` averages.
+        """
+        share = self.share(size)
+        return self.world * (share.stop - share.start) / size
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module` with gradients that `backward` averages over the ranks; call it, rather than its methods."""

@@ -1,61 +1,32 @@
 """Training the denoiser: Algorithm 1 of MetaDiff (AAAI 2024) over any source of batches."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from metadiff.checkpoint import Checkpoints, load_state, save_state
-from metadiff.config import config
 from metadiff.denoiser import Denoiser
-from metadiff.diffusion import Weighting, diffusion_loss, draw
 from metadiff.errors import UserError
 from metadiff.learners import Support
 from metadiff.metrics import Log, write_row
+from metadiff.optimisation import LOG_EVERY, Optimisation, TrainConfig
 from metadiff.parallel import ALONE, Ranks
 from metadiff.schedule import Schedule
 
-LOG_EVERY = 50
 BatchSource = Callable[[int], Iterator[tuple[Tensor, Support]]]
 """Maps an iteration to the batches from there on: scaled targets w_0 (B, N, D) and the support sets of the same B tasks.
 
 With several ranks these are a rank's own tasks: its `Ranks.share` of the `TrainConfig.batch_size` tasks of each iteration.
 """
 
-
-@config
-class TrainConfig:
-    """Optimisation of Eq. 12. The defaults suit one machine; the paper trains 300,000 iterations of 8 tasks (Section 5.2)."""
-
-    iterations: Annotated[int, Field(ge=1)] = 3000
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    """Tasks in one iteration."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    warmup: Annotated[int, Field(ge=0)] = 0
-    """Iterations over which the rate rises from zero."""
-    decay: Literal["constant", "cosine"] = "constant"
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay of the moving average of the weights that is used for sampling; null samples from the weights themselves."""
-    ema_start: Annotated[int, Field(ge=0)] = 0
-    """Iteration from which on to average."""
-    loss_weighting: Weighting = "eps"
-    checkpoint_every: Annotated[int, Field(ge=LOG_EVERY, multiple_of=LOG_EVERY)] = 500
-
-    @model_validator(mode="after")
-    def _average_starts_in_time(self) -> "TrainConfig":
-        if self.ema_decay is not None and self.ema_start >= self.iterations:
-            raise ValueError(
-                f"ema_start={self.ema_start} is not below iterations={self.iterations}; start earlier, or set ema_decay to null"
-            )
-        return self
+_ASK_SECONDS = 1.0
+_SAVE_EVERY = 5  # times that the answer was yes
 
 
 def train(
@@ -72,8 +43,9 @@ def train(
 ) -> None:
     """Train `denoiser` and write its sampling weights to `<path>.safetensors` and its losses to `<path>.jsonl`.
 
-    Checkpoints beside them make a killed run continue to the very same weights (bit for bit on the CPU, with as many ranks as before):
-    batches, times and noises depend on the iteration's number alone. What is trained already is left alone.
+    Checkpoints beside them make a killed run continue to the very same weights (bit for bit on the CPU, with as many ranks as before, and
+    up to rounding with more or fewer): batches, times and noises depend on the iteration's number alone. More are left while
+    `ranks.notice` tells that the ranks may be stopped soon. What is trained already is left alone.
 
     Args:
         ranks: those that train together; all of them call this with the same arguments but for `batches`.
@@ -91,9 +63,10 @@ def train(
     if not any(True for _ in denoiser.parameters()):
         # Table 3's raw gradient has nothing to learn.
         return save_state(weights, {"denoiser": {}}) if ranks.first else None
-    state = _TrainingState(denoiser, settings, ranks)
-    losses = torch.zeros((), device=state.device)
-    for done, loss in _steps(state, state.resume(checkpoints), schedule, batches, seed, label):
+    state = Optimisation(denoiser, schedule, settings, seed, ranks)
+    start = state.resume(checkpoints)
+    losses, notice = torch.zeros((), device=state.device) + checkpoints.beside.get("losses", 0.0), _Notice(ranks, start)
+    for done, loss in _steps(state, start, batches, label):
         losses += loss
         if done % LOG_EVERY == 0 or done == settings.iterations:
             index, window = (done - 1) // LOG_EVERY, (done - 1) % LOG_EVERY + 1
@@ -103,11 +76,35 @@ def train(
                 if log:
                     log(done, row)
             losses.zero_()
-        if done % settings.checkpoint_every == 0:
+        if done % settings.checkpoint_every == 0 or notice.heeded(done):
+            checkpoints.beside["losses"] = float(ranks.mean(losses))
             checkpoints.save(done, state.state())
     if checkpoints.writable():
         save_state(weights, {"denoiser": state.sampling_weights()})
     checkpoints.clear()
+
+
+class _Notice:
+    """Decides at which iterations to save because the ranks may be stopped soon: the same on all of them.
+
+    It is asked for about once a second, by rank 0's clock, since ranks that ask each other every time would be slow where iterations
+    take a millisecond. Once it has come, every few seconds may be the last.
+    """
+
+    def __init__(self, ranks: Ranks, start: int) -> None:
+        self._ranks, self._asked, self._next, self._clock = ranks, start, start + 1, time.monotonic()
+        self._noticed = 0
+
+    def heeded(self, done: int) -> bool:
+        """Whether to save after so many iterations; to be asked after each."""
+        if self._ranks.notice is None or done < self._next:
+            return False
+        seconds = max(time.monotonic() - self._clock, 1e-6)
+        # At most twice as far as the last time: one quick iteration is no promise.
+        steps = min(max(1, int((done - self._asked) * _ASK_SECONDS / seconds)), 2 * (done - self._asked))
+        self._next, self._asked, self._clock = done + self._ranks.agree(steps), done, time.monotonic()
+        self._noticed = self._noticed + 1 if self._ranks.agree(self._ranks.notice()) else 0
+        return self._noticed % _SAVE_EVERY == 1
 
 
 def load_denoiser(path: Path, denoiser: Denoiser) -> Denoiser:
@@ -126,63 +123,12 @@ def load_denoiser(path: Path, denoiser: Denoiser) -> Denoiser:
     return denoiser.eval()
 
 
-class _TrainingState:
-    """All that changes while training: weights, their average, optimizer, rate."""
-
-    def __init__(self, denoiser: Denoiser, settings: TrainConfig, ranks: Ranks = ALONE) -> None:
-        self.settings, self.ranks, self.denoiser, self.network = settings, ranks, denoiser, ranks.wrap(denoiser)
-        self.device = next(denoiser.parameters()).device
-        self.optimizer = torch.optim.Adam(denoiser.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
-        self.average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)) if settings.ema_decay else None
-
-    def step(self, loss: Tensor, iteration: int) -> None:
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        if self.average and iteration >= self.settings.ema_start:
-            self.average.update_parameters(self.denoiser)
-
-    def sampling_weights(self) -> dict[str, Tensor]:
-        return (self.average.module if self.average else self.denoiser).state_dict()
-
-    def _rate(self, iteration: int) -> float:
-        rise = min(1.0, (iteration + 1) / self.settings.warmup) if self.settings.warmup else 1.0
-        fall = 0.5 * (1 + math.cos(math.pi * iteration / self.settings.iterations)) if self.settings.decay == "cosine" else 1.0
-        return rise * fall
-
-    def _parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"denoiser": self.denoiser, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return parts | ({"average": self.average} if self.average else {})
-
-    def state(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self._parts().items()}
-
-    def resume(self, checkpoints: Checkpoints) -> int:
-        """Take up where a killed run stood: the iterations done."""
-        done, state = checkpoints.resume()
-        for name, part in self._parts().items() if done else ():
-            part.load_state_dict(state[name])
-        return done
-
-
-def _steps(
-    state: _TrainingState, start: int, schedule: Schedule, batches: BatchSource, seed: int, label: str
-) -> Iterator[tuple[int, Tensor]]:
-    """Algorithm 1 from iteration `start` on: after each step, the iterations done and this rank's loss."""
-    settings, ranks, source = state.settings, state.ranks, batches(start)
-    shown: dict[str, Any] = {"initial": start, "unit": "it", "mininterval": 1.0, "disable": not ranks.first}
-    for iteration in tqdm(range(start, settings.iterations), label, settings.iterations, **shown):
-        w_0, support = next(source)
-        t, eps = draw(_generator(seed, iteration, state.device), w_0, schedule.num_steps, ranks)
-        loss = diffusion_loss(state.network, schedule, w_0, support, t, eps, settings.loss_weighting)
-        state.step(loss, iteration)
-        yield iteration + 1, loss.detach()
-
-
-def _generator(seed: int, iteration: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1))
+def _steps(state: Optimisation, start: int, batches: BatchSource, label: str) -> Iterator[tuple[int, Tensor]]:
+    """Algorithm 1 from iteration `start` on: after each, the iterations done and this rank's loss."""
+    iterations, source = state.settings.iterations, batches(start)
+    shown: dict[str, Any] = {"initial": start, "unit": "it", "mininterval": 1.0, "disable": not state.ranks.first}
+    for iteration in tqdm(range(start, iterations), label, iterations, **shown):
+        yield iteration + 1, state.iterate(iteration, *next(source))
 
 
 def _finite(loss: float, label: str, iteration: int) -> float:

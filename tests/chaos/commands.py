@@ -1,4 +1,4 @@
-"""The command under test, `python -m distributed.fit_targets`, in a process of its own."""
+"""The command under test, `python -m distributed.fit_targets` unless another is given, in a process of its own."""
 
 import re
 import signal
@@ -45,8 +45,9 @@ class Fit:
 
     Attributes:
         folder: of the run; `run.dir` is its parent.
-        words: the command line after the module's name.
+        words: the command line after the program.
         said: what each start wrote to stderr.
+        program: the interpreter's first words.
     """
 
     folder: Path
@@ -54,12 +55,13 @@ class Fit:
     environment: Mapping[str, str]
     process: subprocess.Popen[bytes] | None = None
     said: list[Path] = field(default_factory=list)
+    program: Sequence[str] = ("-m", "distributed.fit_targets")
 
     def start(self) -> "Fit":
         """Start the command (once more)."""
         self.said.append(self.folder / f"stderr-{len(self.said)}")
         with self.said[-1].open("wb") as stderr:
-            command = [sys.executable, "-m", "distributed.fit_targets", *self.words, f"run.dir={self.folder.parent}"]
+            command = [sys.executable, *self.program, *self.words, f"run.dir={self.folder.parent}"]
             self.process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=subprocess.DEVNULL, stderr=stderr)
         return self
 

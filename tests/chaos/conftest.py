@@ -16,7 +16,7 @@ import pytest
 
 from tests.chaos.case import Case, NewCase, Reference, artifact
 from tests.chaos.commands import ROOT, SECTIONS, Fit, python
-from tests.chaos.ledger import Ledger
+from tests.chaos.ledger import TRAINING_KINDS, Ledger
 from tests.chaos.places import Bucket, Folder, Place, contents
 from tests.chaos.proxy import Proxy, proxy
 from tests.chaos.raylets import Raylets, raylets
@@ -26,7 +26,7 @@ SEED = "METADIFF_CHAOS_SEED"
 BUCKET = "targets"
 
 _seed = os.environ.get(SEED) or secrets.token_hex(4)
-_ledger = Ledger()
+_ledger, _trainings = Ledger(), Ledger(TRAINING_KINDS, "trainings", "weights")
 _ACCESS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -46,16 +46,28 @@ def pytest_report_collectionfinish(items: list[pytest.Item]) -> str:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The table."""
-    if any(map(_ledger.hits, _ledger.open)):
-        terminalreporter.section(f"faults, {SEED}={_seed}")
-        for line in _ledger.table():
-            terminalreporter.write_line(line)
+    """The tables."""
+    for ledger in (_ledger, _trainings):
+        if any(map(ledger.hits, ledger.open)):
+            terminalreporter.section(f"faults, {SEED}={_seed}")
+            for line in ledger.table():
+                terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
 def ledger() -> Ledger:
     return _ledger
+
+
+@pytest.fixture(scope="session")
+def trainings() -> Ledger:
+    return _trainings
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """This test's random numbers, which depend on the seed and its name alone."""
+    return random.Random(f"{_seed} {request.node.name}")
 
 
 @pytest.fixture(scope="session")
@@ -83,11 +95,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, environment: Mapping[str
 
 
 @pytest.fixture
-def new_case(
-    reference: Reference, ledger: Ledger, environment: Mapping[str, str], tmp_path: Path, request: pytest.FixtureRequest
-) -> Iterator[NewCase]:
-    """Makes this test's cases; its random numbers depend on the seed and its name alone."""
-    rng, numbers = random.Random(f"{_seed} {request.node.name}"), itertools.count()
+def new_case(reference: Reference, ledger: Ledger, environment: Mapping[str, str], tmp_path: Path, rng: random.Random) -> Iterator[NewCase]:
+    """Makes this test's cases."""
+    numbers = itertools.count()
     with contextlib.ExitStack() as on_exit:
 
         def new(*options: str, place: Place | None = None, **variables: str) -> Case:

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +20,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch import distributed as dist
 
-from distributed.runtime import RayConfig, connect, session
-from distributed.workers import _Attempt, _rank, launch
+from distributed.attempts import Attempt, begin
+from distributed.resources import RayConfig
+from distributed.runtime import connect, session
+from distributed.workers import _rank, launch
 from metadiff.denoiser import DenoiserConfig, build_denoiser
 from metadiff.errors import UserError
 from metadiff.learners import PrototypeLearner, Support
+from metadiff.optimisation import TrainConfig
 from metadiff.parallel import Ranks
 from metadiff.schedule import Schedule
-from metadiff.training import TrainConfig, train
+from metadiff.training import train
 from tests.tasks import DIM, batches
 
 ROOT = Path(__file__).parents[2]
@@ -33,11 +38,13 @@ SETTINGS = TrainConfig(iterations=160, batch_size=8, ema_decay=0.9, ema_start=20
 RAY = RayConfig(num_workers=2, num_actors=0)
 
 
-def loop(ranks: Ranks, folder: Path, pause: float = 0.0, dies_at: int | None = None, storage: Path | None = None, error: str = "") -> None:
+def loop(
+    ranks: Ranks, folder: Path, pause: float = 0.0, dies_at: int | None = None, storage: Path | None = None, error: str = "", size: int = 8
+) -> None:
     """Train a denoiser; slowly, or with the last rank killed at an iteration with Ray's storage in ruins, or with an error at the end."""
 
     def source(start: int) -> Iterator[tuple[Tensor, Support]]:
-        for iteration, batch in enumerate(batches(ranks, SETTINGS.batch_size, start), start):
+        for iteration, batch in enumerate(batches(ranks, size, start), start):
             time.sleep(pause)
             if iteration == dies_at and ranks.rank == ranks.world - 1 and not (folder / "died").exists():
                 (folder / "died").write_text(f"{start}")
@@ -47,7 +54,7 @@ def loop(ranks: Ranks, folder: Path, pause: float = 0.0, dies_at: int | None = N
 
     schedule = Schedule()
     denoiser = build_denoiser(DenoiserConfig(), DIM, PrototypeLearner(), schedule)
-    train(denoiser, schedule, source, SETTINGS, 0, folder / "d", "train", ranks=ranks)
+    train(denoiser, schedule, source, replace(SETTINGS, batch_size=size), 0, folder / "d", "train", ranks=ranks)
     if error:
         raise UserError(error)
 
@@ -118,6 +125,21 @@ def test_one_worker_equals_none_to_the_bit(alone: Path, tmp_path: Path, ray_sess
     assert not (tmp_path / "ray").exists()
 
 
+def test_as_many_workers_as_there_is_room_for(alone: Path, tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture) -> None:
+    """Two of at most three, with unequal shares of a batch of 7; where the number has to stay the same, the fewest."""
+    for elastic in (True, False):
+        folder, settings = tmp_path / f"{elastic}", replace(RAY, num_workers=(1, 3))
+        folder.mkdir()
+        launch(loop, {"folder": folder, "size": 7}, settings, folder / "ray", elastic=elastic)
+        shown = capfd.readouterr().err
+        assert f"ray: starting {'1 to 3 workers, as there is room' if elastic else '1 worker'}\n" in shown
+        assert ("ray: 2 workers now" in shown) == elastic
+    one, two = (load_file(tmp_path / f"{elastic}" / "d.safetensors") for elastic in (False, True))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+    assert any(not torch.equal(one[name], two[name]) for name in one), "sums of two ranks are rounded otherwise"
+
+
 def test_a_killed_driver_and_a_killed_rank_change_nothing(alone: Path, tmp_path: Path, ray_session: None) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
@@ -131,7 +153,7 @@ def test_a_killed_driver_and_a_killed_rank_change_nothing(alone: Path, tmp_path:
     process.wait()
     assert not (cut / "d.safetensors").exists()
     (left,) = (cut / "ray").iterdir()
-    assert _Attempt(left).wanted, "the attempt of the killed driver could not withdraw"
+    assert Attempt(left).wanted, "the attempt of the killed driver could not withdraw"
 
     launch(loop, {"folder": cut, "dies_at": 120, "storage": cut / "ray"}, RAY, cut / "ray")
     assert int((cut / "died").read_text()) >= 50, "it began at a checkpoint of the killed driver's"
@@ -145,7 +167,7 @@ def test_a_killed_driver_and_a_killed_rank_change_nothing(alone: Path, tmp_path:
 
 
 def test_ranks_of_a_superseded_attempt_end_at_once(tmp_path: Path) -> None:
-    attempt = _Attempt(tmp_path / "old")
+    attempt = Attempt(tmp_path / "old")
     _rank(pytest.fail, {"reason": "it ran"}, RAY, attempt)
     attempt.folder.mkdir()
     attempt.said.touch()
@@ -156,7 +178,7 @@ def test_ranks_of_a_superseded_attempt_end_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [UserError("bad: value; mend it"), OSError(28, "No space left on device", "/x/y"), OSError(13, "no")])
 def test_errors_for_the_user_cross_from_rank_to_driver(error: UserError | OSError, tmp_path: Path) -> None:
-    attempt = _Attempt(tmp_path)
+    attempt = Attempt(tmp_path)
     assert attempt.failure is None
     attempt.fail(error)
     told = attempt.failure
@@ -167,9 +189,39 @@ def test_errors_for_the_user_cross_from_rank_to_driver(error: UserError | OSErro
         assert (told.errno, told.filename) == (error.errno, error.filename)
 
 
+def test_what_a_killed_attempt_claimed_of_the_cluster_is_given_up(tmp_path: Path, ray_session: None) -> None:
+    """Ray would keep the room of a training whose driver was killed for minutes, even from the next attempt at it."""
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
+
+    coordinator.TrainAutoscalingCoordinatorClient("train-old").send_resource_request(ScalingConfig(num_workers=2), 2)
+    coordinator.TrainAutoscalingCoordinatorClient("train-new").send_resource_request(ScalingConfig(num_workers=2), 2)
+
+    def room(name: str) -> dict:
+        actor: Any = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+        return ray.get(actor.get_reserved_resources.remote(name))
+
+    assert (bool(room("train-old")), bool(room("train-new"))) == (True, False)
+    killed = Attempt(tmp_path / "ray" / "old")
+    killed.folder.mkdir(parents=True)
+    killed.claim("old")
+    with begin(tmp_path / "ray") as attempt:
+        assert (bool(room("train-old")), bool(room("train-new"))) == (False, True)
+        attempt.claim("new")
+    assert not room("train-new")
+
+
+def test_a_claim_that_nobody_can_answer_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "ray" / "old").mkdir(parents=True)
+    Attempt(tmp_path / "ray" / "old").claim("old")
+    with begin(tmp_path / "ray"):
+        assert not (tmp_path / "ray" / "old").exists()
+
+
 def test_without_workers_ray_is_not_even_imported(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from distributed.runtime import RayConfig; from distributed.workers import launch\n"
+        "import sys; from pathlib import Path; from distributed.resources import RayConfig; from distributed.workers import launch\n"
         "launch(print, {}, RayConfig(num_workers=0), Path('nowhere')); assert 'ray' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -242,6 +242,19 @@ def test_the_newest_two_are_kept_and_the_newest_is_resumed_from(
     assert capfd.readouterr().err == ""
 
 
+def test_plain_values_beside_the_state_come_back_with_it(tmp_path: Path, checkpoints: Checkpoints) -> None:
+    checkpoints.beside["losses"] = 0.1 + 0.2
+    checkpoints.save(40, state_at(40))
+    checkpoints.beside["losses"] = 7.0
+    again = Checkpoints(tmp_path, "net")
+    again.beside["losses"] = 9.0
+    assert_same((40, state_at(40)), list(again.resume()))
+    assert again.beside == {"losses": 0.1 + 0.2}
+    cut(tmp_path / "net-40.safetensors")
+    again.resume()
+    assert again.beside == {}, "of the one that it goes on from"
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

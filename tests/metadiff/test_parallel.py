@@ -3,6 +3,8 @@
 import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -22,10 +24,11 @@ from metadiff.errors import UserError
 from metadiff.images import AugmentConfig, Batch, ImageSet, MemoryLoader
 from metadiff.learners import PrototypeLearner, Support
 from metadiff.metrics import read_rows
+from metadiff.optimisation import TrainConfig
 from metadiff.parallel import ALONE, Ranks
 from metadiff.pretraining import Classifier, PretrainConfig, pretrain
 from metadiff.schedule import Schedule
-from metadiff.training import TrainConfig, train
+from metadiff.training import train
 from tests.tasks import DIM, batches
 
 WORLD = 2
@@ -48,6 +51,37 @@ def train_one(folder: Path, ranks: Ranks, name: str, stop: int | None = None, pr
 
     denoiser = build_denoiser(DenoiserConfig(**PRESETS[preset]), DIM, PrototypeLearner(), SCHEDULE, seed=seed)
     train(denoiser, SCHEDULE, source, SETTINGS, 0, folder / name, name, ranks=ranks)
+
+
+def train_elastic(folder: Path, ranks: Ranks, name: str, stop: int | None = None, size: int = 7) -> None:
+    """Train on a batch that is cut into unequal shares; with `stop`, die in all ranks after so many iterations."""
+
+    def source(start: int) -> Iterator[tuple[Tensor, Support]]:
+        yield from islice(batches(elastic, size, start), stop)
+        raise KeyboardInterrupt
+
+    elastic, settings = replace(ranks, elastic=True), replace(SETTINGS, batch_size=size)
+    denoiser = build_denoiser(DenoiserConfig(), DIM, PrototypeLearner(), SCHEDULE)
+    train(denoiser, SCHEDULE, source, settings, 0, folder / name, name, ranks=elastic)
+
+
+def train_noticed(folder: Path, ranks: Ranks) -> list[int]:
+    """Train until the iterations 45, with a notice from 20 on of which rank 0 alone is told, and again; returns where it began."""
+    done, starts = [0], []
+
+    def source(start: int) -> Iterator[tuple[Tensor, Support]]:
+        starts.append(start)
+        for done[0], batch in enumerate(batches(ranks, SETTINGS.batch_size, start), start):
+            if done[0] == 45 and not start:
+                raise KeyboardInterrupt
+            yield batch
+
+    told = replace(ranks, notice=lambda: ranks.first and done[0] >= 20)
+    for attempt in range(2):
+        denoiser = build_denoiser(DenoiserConfig(), DIM, PrototypeLearner(), SCHEDULE, seed=attempt)
+        with nullcontext() if attempt else pytest.raises(KeyboardInterrupt):
+            train(denoiser, SCHEDULE, source, SETTINGS, 0, folder / "noticed", "noticed", ranks=told)
+    return starts
 
 
 def train_to_nan(folder: Path, ranks: Ranks) -> str:
@@ -107,6 +141,11 @@ def everything(folder: Path, ranks: Ranks) -> dict[str, Any]:
     ranks.barrier()
     # Another start on every rank: what counts is in the checkpoint.
     train_one(folder, ranks, "killed", seed=1 + ranks.rank)
+    train_elastic(folder, ranks, "elastic")
+    with pytest.raises(KeyboardInterrupt):
+        train_elastic(folder, ranks, "shrunk", stop=55)
+    train_elastic(folder, ranks, "grown")
+    told["noticed"] = train_noticed(folder, ranks)
     told["nan"] = train_to_nan(folder, ranks)
     for name, options in {"plain": {}, "rotated": {"rotation_weight": 0.5}, "killed": {"dies_in": 1}}.items():
         if "dies_in" in options:
@@ -141,6 +180,9 @@ def run_ranks(target: Callable[..., None], *arguments: Any) -> None:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks left."""
     folder = tmp_path_factory.mktemp("pair")
+    with pytest.raises(KeyboardInterrupt):
+        train_elastic(folder, ALONE, "grown", stop=55)
+    assert (folder / "grown.checkpoint-50.json").exists()
     run_ranks(one_rank, folder)
     return folder
 
@@ -168,6 +210,28 @@ def test_two_ranks_train_what_one_would_have(preset: str, pair: Path, tmp_path: 
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_unequal_shares_train_what_one_rank_would_have_and_so_do_ranks_that_become_more_or_fewer(pair: Path, tmp_path: Path) -> None:
+    train_elastic(tmp_path, ALONE, "alone")
+    assert (pair / "shrunk.checkpoint-50.json").exists()
+    train_elastic(pair, ALONE, "shrunk")
+    one, losses = load_file(tmp_path / "alone.safetensors"), [row["loss"] for row in read_rows(tmp_path / "alone.jsonl")]
+    for name in ("elastic", "shrunk", "grown"):
+        weights = load_file(pair / f"{name}.safetensors")
+        for key, value in one.items():
+            torch.testing.assert_close(weights[key], value, rtol=0, atol=1e-5)
+        assert [row["loss"] for row in read_rows(pair / f"{name}.jsonl")] == pytest.approx(losses, abs=1e-5)
+
+
+def test_a_notice_that_one_rank_is_given_is_heeded_by_all(told: list[dict[str, Any]], pair: Path) -> None:
+    (begun, again), other = (words["noticed"] for words in told)
+    assert [begun, again] == other
+    assert begun == 0
+    assert 20 <= again <= 45
+    assert (pair / "noticed.safetensors").read_bytes() == (pair / "stable.safetensors").read_bytes()
+    losses = [[row["loss"] for row in read_rows(pair / f"{name}.jsonl")] for name in ("noticed", "stable")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6), "also of the half window"
+
+
 def test_killed_ranks_go_on_to_the_same_bits(pair: Path) -> None:
     assert (pair / "killed.safetensors").read_bytes() == (pair / "stable.safetensors").read_bytes()
     assert (pair / "killed.jsonl").read_bytes() == (pair / "stable.jsonl").read_bytes()
@@ -176,9 +240,11 @@ def test_killed_ranks_go_on_to_the_same_bits(pair: Path) -> None:
 
 
 def test_nothing_is_left_but_what_one_rank_would_leave(pair: Path) -> None:
-    trained = {f"{name}.{kind}" for name in (*PRESETS, "killed") for kind in ("safetensors", "jsonl")} - {"bare.jsonl"}
+    trained = {f"{name}.{kind}" for name in (*PRESETS, "killed", "elastic", "grown", "noticed") for kind in ("safetensors", "jsonl")} - {
+        "bare.jsonl"
+    }
     assert {path.name for path in pair.iterdir() if path.is_file()} >= trained
-    assert not [path for path in pair.iterdir() if "checkpoint" in path.name and not path.name.startswith("nan.")]
+    assert not [path for path in pair.iterdir() if "checkpoint" in path.name and not path.name.startswith(("nan.", "shrunk."))]
     for name in ("plain", "rotated", "killed"):
         assert sorted(path.name for path in (pair / f"pretrain-{name}").iterdir()) == ["backbone.safetensors", "metrics.jsonl"]
         assert [row["val_accuracy"] for row in read_rows(pair / f"pretrain-{name}" / "metrics.jsonl")][-1] > 0
@@ -202,6 +268,22 @@ def test_shares_are_equal_and_cover_the_batch() -> None:
     assert ALONE.share(5) == slice(0, 5)
     with pytest.raises(UserError, match=r"train.batch_size=5: cannot be shared equally by 2 workers; set it to a multiple of 2, or .*ray"):
         Ranks(0, 2).share(5, "train.batch_size")
+
+
+def test_elastic_shares_are_nearly_equal_and_their_weighted_means_are_the_batchs() -> None:
+    for size, world in [(7, 2), (8, 3), (5, 5), (12, 4), (1, 1)]:
+        ranks = [Ranks(rank, world, elastic=True) for rank in range(world)]
+        values = torch.arange(size, dtype=torch.float64) ** 2
+        shares = [values[rank.share(size)] for rank in ranks]
+        assert torch.equal(torch.cat(shares), values)
+        assert {len(share) for share in shares} <= {size // world, -(-size // world)}
+        means = [rank.weight(size) * share.mean() for rank, share in zip(ranks, shares, strict=True)]
+        assert float(torch.stack(means).mean()) == pytest.approx(float(values.mean()), rel=1e-12)
+    assert [Ranks(rank, 3).weight(12) for rank in range(3)] == [1.0] * 3, "exactly"
+    with pytest.raises(UserError, match=r"train.batch_size=2: leaves some of 3 workers without a part; set it to 3 or more, or lower ray"):
+        Ranks(0, 3, elastic=True).share(2, "train.batch_size")
+    with pytest.raises(UserError, match="cannot be shared equally"):
+        Ranks(0, 2).weight(5)
 
 
 def test_alone_nothing_is_wrapped_or_sent() -> None:

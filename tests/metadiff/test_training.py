@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count, islice, repeat
+from itertools import count, islice, pairwise, repeat
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,10 @@ from metadiff.denoiser import Denoiser, DenoiserConfig, build_denoiser
 from metadiff.errors import UserError
 from metadiff.learners import PrototypeLearner, Support
 from metadiff.metrics import read_rows
+from metadiff.optimisation import Optimisation, TrainConfig
 from metadiff.parallel import Ranks
 from metadiff.schedule import Schedule
-from metadiff.training import TrainConfig, load_denoiser, train
+from metadiff.training import _Notice, load_denoiser, train
 
 WAY, SHOT, DIM = 3, 2, 16
 SCHEDULE = Schedule()
@@ -91,6 +92,48 @@ def test_resume_equals_uninterrupted_bit_for_bit(stopped_at: int, tmp_path: Path
     assert cut.read_bytes() == whole.read_bytes()
     assert read_rows(tmp_path / "cut" / "d.jsonl") == read_rows(tmp_path / "whole" / "d.jsonl")
     assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == ["d.jsonl", "d.safetensors"]
+
+
+def test_a_notice_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    whole, seen = run(tmp_path / "whole"), []
+
+    def source(start: int) -> Iterator[tuple[Tensor, Support]]:
+        for batch in batches(start):
+            seen.append(start + len(seen))
+            if len(seen) == 46:
+                raise KeyboardInterrupt
+            yield batch
+
+    told = Ranks(notice=lambda: len(seen) >= 20)
+    with pytest.raises(KeyboardInterrupt):
+        train(new_denoiser(), SCHEDULE, source, SHORT, 0, tmp_path / "cut" / "d", "train", ranks=told)
+    (left,) = (tmp_path / "cut").glob("d.checkpoint-*.json")
+    step = int(left.stem.rpartition("-")[2])
+    assert 20 <= step <= 45
+
+    starts: list[int] = []
+    cut = run(tmp_path / "cut", source=lambda start: starts.append(start) or batches(start), denoiser=new_denoiser(seed=1))
+    assert starts == [step]
+    assert cut.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "cut" / "d.jsonl").read_bytes() == (tmp_path / "whole" / "d.jsonl").read_bytes(), "also of the half window"
+
+
+@pytest.mark.parametrize("seconds", [0.001, 0.3, 5.0])
+def test_a_notice_is_asked_for_about_once_a_second(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked, noticed = [0.0], [], []
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    notice = _Notice(Ranks(notice=lambda: asked.append(clock[0]) or clock[0] > 60), 0)
+    for done in range(1, int(80 / seconds)):
+        clock[0] += seconds
+        if notice.heeded(done):
+            noticed.append(clock[0])
+    pauses = [later - earlier for earlier, later in pairwise(asked)][12:]
+    assert pauses == pytest.approx([max(1.0, seconds)] * len(pauses), abs=1.1 * seconds)
+    assert noticed[0] == pytest.approx(60, abs=max(1.0, seconds) + seconds)
+    assert {asked.index(later) - asked.index(earlier) for earlier, later in pairwise(noticed)} <= {5}, "not at every answer"
+    assert len(noticed) > 1 or seconds > 1
 
 
 @pytest.mark.parametrize(("damaged", "resumed_at"), [((150,), 100), ((150, 100), 0)])
@@ -180,7 +223,7 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("decay", "last"), [("constant", 1.0), ("cosine", 0.0)])
 def test_rate(decay: str, last: float) -> None:
     settings = TrainConfig(iterations=100, warmup=10, decay=decay)  # type: ignore[arg-type]
-    state = training._TrainingState(new_denoiser(), settings)
+    state = Optimisation(new_denoiser(), Schedule(), settings, 0)
     assert state._rate(0) == pytest.approx(0.1)
     assert state._rate(9) == pytest.approx(1.0, abs=0.03)
     assert state._rate(100) == pytest.approx(last, abs=1e-6)
