@@ -37,6 +37,17 @@ class EvaluateConfig:
     gda_steps: Annotated[int, Field(ge=1)] = 100
     trace_tasks: Annotated[int, Field(ge=1)] = 200
     """Tasks behind the curves along the denoising steps (Figure 5)."""
+    sampler: Literal["given", "auto"] = "given"
+    """`given`: the section `sampler`. `auto`: for each number of shots, what passes the gate of `sampler_gate` on validation classes."""
+    gate_tasks: Annotated[int, Field(ge=2)] = 2000
+    """Validation tasks behind that choice."""
+    ensemble: Annotated[int, Field(ge=0)] = 0
+    """Weights sampled for each task, with sigma_t z, whose predicted probabilities are averaged (Term 3); 0 leaves that out.
+
+    They cost as many times one: by all steps of Eq. 8, or by the section `sampler` where that is given.
+    """
+    ensemble_tasks: Annotated[int, Field(ge=2)] = 200
+    """Tasks behind the ensemble's accuracy and calibration, the first ones of the rows'."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +145,9 @@ class Scores:
         return cls(accuracy, {name: sum(part.seconds[name] for part in parts) for name in names})
 
 
-def blocks(num_tasks: int) -> list[range]:
+def blocks(num_tasks: int, size: int = BLOCK) -> list[range]:
     """Task numbers 0 .. num_tasks - 1 in the blocks that are scored at once: the same ones whoever scores them."""
-    return [range(start, min(start + BLOCK, num_tasks)) for start in range(0, num_tasks, BLOCK)]
+    return [range(start, min(start + size, num_tasks)) for start in range(0, num_tasks, size)]
 
 
 @torch.inference_mode()
@@ -177,11 +188,13 @@ def result_rows(scores: Scores, common: Mapping[str, Any]) -> list[dict[str, Any
 @torch.inference_mode()
 def trace(denoiser: Denoiser, learner: Learner, schedule: Schedule, sampler: SamplerConfig, task: TaskBlock) -> dict[str, Any]:
     """Query accuracy and cross-entropy along the denoising steps, at about 50 of them, beside that of class means. Figure 5."""
-    wanted = {round(t) for t in np.linspace(0, schedule.num_steps, TRACE_POINTS)}
+    # By position: a few-step sampler visits other t than the multiples of twenty.
+    wanted = {round(place) for place in np.linspace(0, sampler.evaluations(schedule.num_steps), TRACE_POINTS)}
     by_means = predictions(PrototypeLearner("cosine"), task.support.means, task) == task.labels
     curves: dict[str, Any] = {"t": [], "accuracy": [], "loss": [], "class_mean_accuracy": float(by_means.double().mean())}
-    for t, w in denoise_steps(denoiser, schedule, task.support, task.w_T, sampler, _noise(sampler, task)):
-        if t in wanted:
+    steps = denoise_steps(denoiser, schedule, task.support, task.w_T, sampler, _noise(sampler, task))
+    for place, (t, w) in enumerate(steps):
+        if place in wanted:
             logits = learner.logits(w / denoiser.target_scale, task.query)
             loss = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), task.labels.repeat(len(w))))
             right = predictions(learner, w / denoiser.target_scale, task) == task.labels

@@ -59,7 +59,9 @@ def test_every_stage_leaves_one_artifact(finished: Path) -> None:
 
 def test_results_have_the_agreed_form(finished: Path) -> None:
     results = json.loads((finished / "evaluate/stable/results.json").read_text())
-    assert set(results) == {"protocol", "rows"}
+    assert set(results) == {"protocol", "sampler", "rows"}
+    assert results["sampler"]["1"]["taken"]["method"] == "eq8"
+    assert results["sampler"]["1"]["evaluations"] == TINY["schedule"]["num_steps"]
     assert results["protocol"]["tuned_on"] is False
     rows = {(row["system"], row["shot"]): row for row in results["rows"]}
     assert set(rows) == {(name, shot) for name in ("metadiff", "class_mean", "gda", "identity", "untrained", "oracle") for shot in (1, 2)}
@@ -149,6 +151,7 @@ def test_rows_of_another_backbone_do_not_stand_beside_new_ones(run: Path) -> Non
         ("run.variant=linear", "learner.kind=linear", "denoiser.gradient=ce", "targets.kind=ce", "targets.num_tasks=10"),
         ("run.variant=linear-consistent", "learner.kind=linear", "denoiser.preset=consistent", "targets.kind=ce", "targets.num_tasks=10"),
         ("run.variant=noisy", "sampler.stochastic=true"),
+        ("run.variant=few", "sampler.method=ddim", "sampler.steps=5", "evaluate.ensemble=2"),
     ],
     ids=lambda options: options[0].partition("=")[2],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 from metadiff.report.content import EpisodePicture, RunReport, Variant
 from metadiff.report.page import page
 from metadiff.report.results import results_csv, results_markdown, results_table
+from metadiff.report.uncertainty import uncertainty_markdown
 
 __all__ = ["EpisodePicture", "RunReport", "Variant", "results_table", "write_report"]
 
@@ -14,5 +15,5 @@ def write_report(run: RunReport, folder: Path) -> None:
     results = [variant.labelled_results for variant in run.variants]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page(run), encoding="utf-8")
-    (folder / "results.md").write_text(results_markdown(results), encoding="utf-8")
+    (folder / "results.md").write_text(results_markdown(results) + uncertainty_markdown(run.variants), encoding="utf-8")
     (folder / "results.csv").write_text(results_csv(results), encoding="utf-8")

@@ -15,7 +15,7 @@ PRESETS = {
     "official": "the authors' code; its gain 2K keeps the network from predicting the noise: not expected to reach class means",
 }
 _MARKS = {Verdict.ABOVE: "▲ ", Verdict.LEVEL: "≈ ", Verdict.BELOW: "▼ ", Verdict.BASELINE: "", Verdict.UNKNOWN: ""}
-_TUNED_ON = ' <span class="badge">tuned on</span>'
+TUNED_ON = ' <span class="badge">tuned on</span>'
 _HEAD = (
     '<thead><tr><th>Preset</th><th>System</th><th class="number">Accuracy, %</th><th class="number">Minus class means</th>'
     '<th>Verdict</th><th class="number">Seconds</th></tr></thead>'
@@ -46,7 +46,7 @@ def _tile(section: Section, row: dict[str, Any]) -> str:
     preset, _, accuracy, difference, _ = cells(row)
     mean, plus_minus, interval = accuracy.partition(" ± ")
     value = f"{mean} <small>± {interval} %</small>" if plus_minus else mean
-    against = "" if row_verdict(row) is Verdict.UNKNOWN else f"{_minus(difference)} to class means<br>{_verdict(row, 'span')}"
+    against = "" if row_verdict(row) is Verdict.UNKNOWN else f"{minus(difference)} to class means<br>{_verdict(row, 'span')}"
     return (
         f'<div class="tile metadiff"><div class="what">{escape(preset)}, {section.way}-way {section.shot}-shot{_badge(section)}</div>'
         f'<div class="value">{value}</div><div class="difference">{against}</div></div>'
@@ -64,17 +64,17 @@ def _table_row(section: Section, row: dict[str, Any], new_preset: bool) -> str:
     seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
     return (
         f'<tr class="{kinds}"><td>{preset}</td><td>{system}{_badge(section)}</td><td class="number">{accuracy}</td>'
-        f'<td class="number">{_minus(difference)}</td>{_verdict(row, "td")}<td class="number">{seconds}</td></tr>'
+        f'<td class="number">{minus(difference)}</td>{_verdict(row, "td")}<td class="number">{seconds}</td></tr>'
     )
 
 
-def _minus(difference: str) -> str:
+def minus(difference: str) -> str:
     """With the sign that is as wide as a plus."""
     return difference.replace("-", "\u2212")
 
 
 def _badge(section: Section) -> str:
-    return _TUNED_ON if section.tuned_on else ""
+    return TUNED_ON if section.tuned_on else ""
 
 
 def _verdict(row: dict[str, Any], tag: str) -> str:

@@ -30,7 +30,8 @@ class Variant:
 
     Attributes:
         results: `protocol` (dataset, split, way, query, tasks, shots, seed, interval, tuned_on) and `rows` (system, preset, way, shot,
-            tasks, accuracy, ci95, minus_class_mean, minus_class_mean_ci95, seconds); a `ci95` is the half-width of the interval.
+            tasks, accuracy, ci95, minus_class_mean, minus_class_mean_ci95, seconds); a `ci95` is the half-width of the interval. Perhaps
+            also, by shot, `sampler` (see `sampler_gate.Choice.record`) and `ensemble` (see `calibration.calibration_record`).
         trace: shot to `t`, `accuracy` and `loss` along the denoising, and `class_mean_accuracy` on the same tasks.
         curves: shot to the rows of the denoiser's training: `iteration`, `loss`.
     """
@@ -46,6 +47,16 @@ class Variant:
         """`results` with the variant's own name in the rows, so that two trainings of one preset can be told apart."""
         rows = self.results["rows"]
         return self.results | {"rows": [row | {"preset": self._label(row["preset"])} for row in rows]}
+
+    @property
+    def samplers(self) -> dict[str, dict[str, Any]]:
+        """By shot: which sampler its rows use, and why."""
+        return self.results.get("sampler", {})
+
+    @property
+    def ensembles(self) -> dict[str, dict[str, Any]]:
+        """By shot: what averaging the predictions of many sampled weights came to."""
+        return self.results.get("ensemble", {})
 
     def _label(self, preset: str) -> str:
         return preset if self.name == preset else f"{self.name} ({preset})"

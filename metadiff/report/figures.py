@@ -44,6 +44,14 @@ _STYLE: dict[Any, Any] = {
     "grid.color": _GRID,
 }
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+FORECASTS: dict[str, tuple[str, str, str]] = {
+    "ensemble": ("many weights", COLOURS[0], MARKERS[0]),
+    "single": ("one weight", COLOURS[1], MARKERS[1]),
+    BASELINE: ("class means", _BARS[BASELINE], MARKERS[3]),
+}
+"""What the systems of a reliability diagram are called, and how they are drawn."""
+# The accuracy of fewer queries says little: such bins show in the strip alone.
+_FEWEST_QUERIES, _SMALLEST_SHARE = 20, 0.002
 # Decades of loss to span before a linear axis would hide the smaller ones.
 _LOG_RATIO = 30
 
@@ -109,6 +117,27 @@ def accuracy_bars(rows: Sequence[dict[str, Any]], way: int) -> str:
         return _svg(figure)
 
 
+def reliability_panel(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy over confidence for each system, above the share of queries in each bin of confidence, as SVG.
+
+    Args:
+        rows: `system`, one of `FORECASTS`, and `bins`: `queries`, `confidence` and `accuracy` of each of the equally wide bins.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, above, below = _two_panels()
+        above.plot([0, 100], [0, 100], color=_MUTED, linestyle=(0, (3, 3)), linewidth=1)
+        for row in rows:
+            label, colour, marker = FORECASTS[row["system"]]
+            queries = _floats([b["queries"] for b in row["bins"]])
+            enough = [b for b in row["bins"] if b["queries"] >= max(_FEWEST_QUERIES, _SMALLEST_SHARE * queries.sum())]
+            x, y = ([100 * b[of] for b in enough] for of in ("confidence", "accuracy"))
+            above.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.8, label=label)
+            below.stairs(100 * queries / queries.sum(), np.linspace(0, 100, len(queries) + 1), color=colour, linewidth=1.8)
+        below.set_ylim(bottom=0)
+        above.legend(frameon=False, loc="upper left", fontsize=10.5, labelcolor=_INK)
+        return _svg(figure)
+
+
 def panel(title: str, svg: str, alt: str) -> str:
     """A figure for the page: its title over the image."""
     source = base64.b64encode(svg.encode()).decode()
@@ -136,6 +165,22 @@ def _draw(axes: Axes, curve: Curve, scale: float) -> np.ndarray:
     if curve.level is not None and np.isfinite(curve.level):
         axes.axhline(scale * curve.level, color=colour, linestyle=(0, (5, 3)), linewidth=1.3)
     return y
+
+
+def _two_panels() -> tuple[Figure, Axes, Axes]:
+    """A square over a strip, both over confidence in percent."""
+    left, width, gap, strip = 64, _WIDTH - 64 - 14, 16, 70
+    height = 12 + width + gap + strip + 44
+    figure = Figure(figsize=(_WIDTH / 72, height / 72))
+    above = figure.add_axes((left / _WIDTH, (44 + strip + gap) / height, width / _WIDTH, width / height))
+    below = figure.add_axes((left / _WIDTH, 44 / height, width / _WIDTH, strip / height), sharex=above)
+    for axes, label in ((above, "accuracy, %"), (below, "queries, %")):
+        axes.grid(axis="y")
+        axes.set_ylabel(label)
+    above.set(xlim=(0, 100), ylim=(0, 100))
+    above.tick_params(axis="x", labelbottom=False)
+    below.set_xlabel("confidence, %")
+    return figure, above, below
 
 
 def _panel(height: float, left: float, bottom: float, right: float, top: float) -> tuple[Figure, Axes]:

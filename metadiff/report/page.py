@@ -10,7 +10,9 @@ from metadiff.report.content import RunReport, Variant
 from metadiff.report.curves import denoising_html, learning_curves_html
 from metadiff.report.pictures import episodes
 from metadiff.report.results import sections
+from metadiff.report.sampling import samplers_html
 from metadiff.report.style import CSS
+from metadiff.report.uncertainty import uncertainty_html
 
 # The policy makes the browser hold the page to it: nothing is fetched, no script runs.
 _META = (
@@ -23,6 +25,8 @@ def page(run: RunReport) -> str:
     """The whole of `index.html`; a section with nothing to show is left out."""
     parts = {
         "Results": results_html(run.variants),
+        "Samplers": samplers_html(run.variants),
+        "Uncertainty": uncertainty_html(run.variants),
         "Learning curves": learning_curves_html(run),
         "Along the denoising": denoising_html(run.variants),
         "Episodes": _episodes(run.variants),

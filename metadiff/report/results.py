@@ -78,7 +78,7 @@ def percent(mean: float | None, ci95: float | None, signed: bool = False) -> str
         return "n/a"
     if not math.isfinite(mean):
         return DIVERGED
-    shown = f"{100 * mean:{'+' if signed else ''}.2f}"
+    shown = f"{round(100 * mean, 2) + 0.0:{'+' if signed else ''}.2f}"  # + 0.0: never -0.00
     return f"{shown} ± {100 * ci95:.2f}" if ci95 is not None and math.isfinite(ci95) else shown
 
 

@@ -33,6 +33,8 @@ bdi { overflow-wrap: anywhere; }
 .metadiff .above { color: var(--good); }
 .metadiff .below { color: var(--bad); }
 .difference span { font-weight: 600; }
+td .failed { color: var(--muted); }
+th small, td small { color: var(--muted); font-weight: 400; }
 
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }

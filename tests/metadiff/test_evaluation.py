@@ -127,6 +127,15 @@ def test_trace_ends_at_the_weights_that_are_scored(features: Tensor) -> None:
     assert curves["loss"][-1] < curves["loss"][0]
 
 
+@pytest.mark.parametrize(("steps", "points"), [(1, 2), (30, 31), (200, 51)])
+def test_trace_of_few_steps_keeps_them_from_first_to_last(features: Tensor, steps: int, points: int) -> None:
+    schedule, learner = Schedule(), PrototypeLearner()
+    denoiser = build_denoiser(DenoiserConfig(body="none"), DIM, learner, schedule)
+    curves = trace(denoiser, learner, schedule, SamplerConfig(method="ddim", steps=steps), tasks(features, np.arange(5)))
+    assert (curves["t"][0], curves["t"][-1]) == (1000, 0)
+    assert len(curves["t"]) == len(curves["accuracy"]) == points
+
+
 def test_unequal_shots_within_an_episode() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 2]])

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from metadiff.report.figures import Curve, accuracy_bars, line_panel, panel
+from metadiff.report.figures import Curve, accuracy_bars, line_panel, panel, reliability_panel
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -22,12 +22,10 @@ def coordinates(path: str) -> np.ndarray:
     return np.array([[float(number) for number in pair] for pair in re.findall(r"[ML] (\S+) (\S+)", path)])
 
 
-def curve_of(svg: str, colour: str) -> np.ndarray:
-    """The points of the first line in `colour`, in the image's coordinates."""
-    paths = ElementTree.fromstring(svg).iter(f"{SVG}path")
-    return next(
-        coordinates(path.get("d", "")) for path in paths if "fill: none" in path.get("style", "") and colour in path.get("style", "")
-    )
+def curve_of(svg: str, colour: str, number: int = 0) -> np.ndarray:
+    """The points of the first line in `colour`, or another one, in the image's coordinates."""
+    styled = [(path.get("style", ""), path.get("d", "")) for path in ElementTree.fromstring(svg).iter(f"{SVG}path")]
+    return [coordinates(d) for style, d in styled if "fill: none" in style and colour in style][number]
 
 
 def test_time_runs_from_noise_at_the_left_when_descending() -> None:
@@ -83,3 +81,35 @@ def test_a_panel_escapes_its_words() -> None:
     html = panel("a < b", "<svg/>", 'says "c" & d')
     assert "<figcaption>a &lt; b</figcaption>" in html
     assert 'alt="says &quot;c&quot; &amp; d"' in html
+
+
+def bins(*filled: tuple[int, float, float]) -> list[dict[str, Any]]:
+    """The first bins of four; the rest are empty."""
+    empty = {"queries": 0, "confidence": None, "accuracy": None}
+    return [{"queries": n, "confidence": c, "accuracy": a} for n, c, a in filled] + [empty] * (4 - len(filled))
+
+
+def test_reliability_lies_on_the_diagonal_where_confidence_is_accuracy() -> None:
+    truthful = {"system": "ensemble", "bins": bins((100, 0.2, 0.2), (100, 0.4, 0.4), (100, 0.6, 0.6))}
+    boastful = {"system": "single", "bins": bins((100, 0.2, 0.1), (100, 0.4, 0.3), (100, 0.6, 0.5))}
+    svg = reliability_panel([truthful, boastful])
+    ours, theirs = curve_of(svg, "#0072b2"), curve_of(svg, "#d55e00")
+    diagonal = curve_of(svg, "#5f6b7a")
+    (x_0, y_0), (x_1, y_1) = diagonal
+    assert ours[:, 1] == pytest.approx(y_0 + (ours[:, 0] - x_0) * (y_1 - y_0) / (x_1 - x_0), abs=0.01)
+    assert (theirs[:, 1] > ours[:, 1]).all(), "less accurate is further down"
+    assert {"many weights", "one weight", "confidence, %", "accuracy, %", "queries, %"} <= {*texts(svg)}
+
+
+def test_reliability_leaves_out_bins_that_say_little() -> None:
+    shown = reliability_panel([{"system": "class_mean", "bins": bins((500, 0.2, 0.2), (19, 0.4, 0.9), (0, 0.0, 0.0), (500, 0.9, 0.8))}])
+    assert len(curve_of(shown, "#52606d")) == 2
+
+
+def test_the_strip_shows_shares_of_queries() -> None:
+    few, many = ({"system": name, "bins": bins((n, 0.2, 0.2), (3 * n, 0.4, 0.4))} for name, n in (("ensemble", 30), ("single", 3000)))
+    svg = reliability_panel([few, many])
+    strips = [curve_of(svg, colour, -1) for colour in ("#0072b2", "#d55e00")]
+    assert strips[0] == pytest.approx(strips[1])
+    heights = sorted({float(y) for y in strips[0][:, 1]})
+    assert (heights[2] - heights[0]) == pytest.approx(3 * (heights[2] - heights[1])), "three quarters and one, from the ground up"

@@ -157,3 +157,15 @@ def test_the_same_run_gives_the_same_files(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["index.html", "results.csv", "results.md"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+def test_samplers_and_uncertainty_are_sections_where_there_is_something_to_show() -> None:
+    shown, trial = variant(), {"method": "ddim", "steps": 5, "evaluations": 5, "difference": 0.0, "ci95": 0.001, "passed": True}
+    taken = {"taken": trial, "gated": True, "evaluations": 5, "split": "val", "tasks": 9, "margin": 0.002, "reference_accuracy": 0.5}
+    measures = dict.fromkeys(("accuracy", "accuracy_ci95", "ece", "ece_ci95", "brier", "brier_ci95"), 0.1)
+    row = measures | {"system": "single", "bins": [{"queries": 30, "confidence": 0.5, "accuracy": 0.5}]}
+    sampled = {"members": 2, "tasks": 9, "sampler": {"method": "eq8"}, "evaluations": 10, "rows": [row]}
+    more = shown.results | {"sampler": {"1": taken | {"trace": [trial]}}, "ensemble": {"1": sampled}}
+    both = Elements(page(run(Variant("stable", more, {}, {}, []))))
+    assert {"samplers", "uncertainty"} <= {attrs.get("id") for _, attrs in both.found}
+    assert not {"samplers", "uncertainty"} & {attrs.get("id") for _, attrs in Elements(page(run(shown))).found}

@@ -48,6 +48,7 @@ def test_a_verdict_needs_the_whole_interval_on_one_side_of_zero(difference: floa
         (0.6231, 0.0042, False, "62.31 ± 0.42"),
         (0.0112, 0.002, True, "+1.12 ± 0.20"),
         (-0.0112, 0.002, True, "-1.12 ± 0.20"),
+        (-0.00001, 0.002, True, "+0.00 ± 0.20"),
         (0.5, None, False, "50.00"),
         (0.5, math.nan, False, "50.00"),
         (None, None, False, "n/a"),
