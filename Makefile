@@ -33,10 +33,11 @@ accuracy: $(READY) ## the accuracy gate, on glyphs and on mini-ImageNet (its zip
 chaos: $(READY) ## interrupt and kill the pipeline in every stage, and fit targets under a hundred faults; half an hour
 	$(PYTHON) -m pytest -m chaos
 
-bench: $(READY) ## measure: the demo's time, FFCV beside the DataLoader, target fitting beside others, and its plan for 1,000 actors
+bench: $(READY) ## measure: the demo's time, FFCV beside the DataLoader, target fitting and the diffusion beside others, and the plan for 1,000 actors
 	$(PYTHON) -m benchmarks.demo_time
 	$(PYTHON) -m benchmarks.loaders
 	$(PYTHON) -m benchmarks.targets
+	$(PYTHON) -m benchmarks.diffusion
 	$(PYTHON) -m benchmarks.simulate_fit
 
 clean: ## remove the environment and all caches; results stay
