@@ -65,8 +65,7 @@ def launch(loop: Loop, arguments: dict[str, Any], settings: RayConfig, folder: P
     say(f"ray: starting {_in_words(settings)}")
     with begin(folder) as attempt, environment(**_options(settings)):
         trainer = _trainer(partial(_rank, loop, arguments, settings, attempt), settings, attempt.storage)
-        if settings.address:
-            attempt.claim(trainer.train_run_context.run_id)
+        attempt.claim(trainer.train_run_context.run_id)
         error = _fit(trainer, attempt)
         if not error and not attempt.finished.exists():
             error = UserError(f"{folder}: Ray's workers do not see this folder; set run.dir to one that all nodes share")
