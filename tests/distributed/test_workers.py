@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -38,14 +37,11 @@ SETTINGS = TrainConfig(iterations=160, batch_size=8, ema_decay=0.9, ema_start=20
 RAY = RayConfig(num_workers=2, num_actors=0)
 
 
-def loop(
-    ranks: Ranks, folder: Path, pause: float = 0.0, dies_at: int | None = None, storage: Path | None = None, error: str = "", size: int = 8
-) -> None:
-    """Train a denoiser; slowly, or with the last rank killed at an iteration with Ray's storage in ruins, or with an error at the end."""
+def loop(ranks: Ranks, folder: Path, dies_at: int | None = None, storage: Path | None = None, error: str = "", size: int = 8) -> None:
+    """Train a denoiser; with the last rank killed at an iteration with Ray's storage in ruins, or with an error at the end."""
 
     def source(start: int) -> Iterator[tuple[Tensor, Support]]:
         for iteration, batch in enumerate(batches(ranks, size, start), start):
-            time.sleep(pause)
             if iteration == dies_at and ranks.rank == ranks.world - 1 and not (folder / "died").exists():
                 (folder / "died").write_text(f"{start}")
                 ruin(storage)
@@ -84,12 +80,6 @@ def ray_session() -> Iterator[None]:
         yield
 
 
-def driver(folder: Path) -> None:
-    """A command of its own, to be killed."""
-    with session():
-        launch(loop, {"folder": folder, "pause": 0.05}, RAY, folder / "ray")
-
-
 def one_rank(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timedelta(seconds=60), 2, rank)
@@ -126,37 +116,27 @@ def test_one_worker_equals_none_to_the_bit(alone: Path, tmp_path: Path, ray_sess
 
 
 def test_as_many_workers_as_there_is_room_for(alone: Path, tmp_path: Path, ray_session: None, capfd: pytest.CaptureFixture) -> None:
-    """Two of at most three, with unequal shares of a batch of 7; where the number has to stay the same, the fewest."""
-    for elastic in (True, False):
-        folder, settings = tmp_path / f"{elastic}", replace(RAY, num_workers=(1, 3))
-        folder.mkdir()
-        launch(loop, {"folder": folder, "size": 7}, settings, folder / "ray", elastic=elastic)
-        shown = capfd.readouterr().err
-        assert f"ray: starting {'1 to 3 workers, as there is room' if elastic else '1 worker'}\n" in shown
-        assert ("ray: 2 workers now" in shown) == elastic
-    one, two = (load_file(tmp_path / f"{elastic}" / "d.safetensors") for elastic in (False, True))
+    """Two of at most three, with unequal shares of a batch of 7."""
+    elastic = replace(RAY, num_workers=(1, 3))
+    for name, settings in (("one", replace(RAY, num_workers=0)), ("two", elastic)):
+        (tmp_path / name).mkdir()
+        launch(loop, {"folder": tmp_path / name, "size": 7}, settings, tmp_path / "ray", elastic=settings is elastic)
+    shown = capfd.readouterr().err
+    assert "ray: starting 1 to 3 workers, as there is room\n" in shown
+    assert "ray: 2 workers now" in shown
+    one, two = (load_file(tmp_path / name / "d.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
     assert any(not torch.equal(one[name], two[name]) for name in one), "sums of two ranks are rounded otherwise"
 
 
-def test_a_killed_driver_and_a_killed_rank_change_nothing(alone: Path, tmp_path: Path, ray_session: None) -> None:
+def test_a_killed_rank_changes_nothing(alone: Path, tmp_path: Path, ray_session: None) -> None:
+    """Killed drivers: tests/chaos."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    program = f"from pathlib import Path; from tests.distributed.test_workers import driver; driver(Path({str(cut)!r}))"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    while not (cut / "d.checkpoint-50.json").exists():
-        assert process.poll() is None, "it ended before its first checkpoint"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (cut / "d.safetensors").exists()
-    (left,) = (cut / "ray").iterdir()
-    assert Attempt(left).wanted, "the attempt of the killed driver could not withdraw"
-
     launch(loop, {"folder": cut, "dies_at": 120, "storage": cut / "ray"}, RAY, cut / "ray")
-    assert int((cut / "died").read_text()) >= 50, "it began at a checkpoint of the killed driver's"
+    assert (cut / "died").exists()
     two_ranks_without_ray(whole)
     for name in ("d.safetensors", "d.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
