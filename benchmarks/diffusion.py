@@ -23,7 +23,7 @@ from torch import nn
 
 from benchmarks.fewstep import few_steps
 from benchmarks.sources import features_over_images
-from benchmarks.tasks import DIM, SHOT, WAY, Tasks, new_denoiser
+from benchmarks.tasks import DIM, WAY, Tasks, new_denoiser
 from benchmarks.textbook import Textbook
 from metadiff.denoiser import Denoiser
 from metadiff.machine import MachineConfig, set_up
@@ -211,6 +211,4 @@ def of_textbook(denoiser: Denoiser) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    # One shot is enough for a figure; `SHOT` says which.
-    assert SHOT == 5
     sys.exit(main(sys.argv[1:]))

@@ -178,8 +178,8 @@ def work_through(
         watch: is told how it goes.
 
     Raises:
-        UserError, OSError: what a worker raised, as it was; of an OSError, disk space and permissions. A `StoreUnavailable` is raised
-            by nobody: the block is tried again after a pause, which grows.
+        UserError, OSError: what a worker raised, as it was; of an OSError, disk space and permissions. Not `StoreUnavailable`, whose
+            block is tried again after a pause, which grows.
         GivenUp: blocks failed in every attempt, or killed their worker every time; raised when all others are done, or at once if
             nothing goes well.
         Unfinished: no actor can be started.
